@@ -1,0 +1,67 @@
+"""Packaging of calrec_jax. Tool settings live in pyproject.toml; why each dependency is here, in docs/dependencies.md."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = "0.1.0"
+
+INSTALL_REQUIRES = [
+    "absl-py",
+    "bm25s>=0.3",
+    "flax>=0.12",
+    "gin-config",
+    "ibis-framework[duckdb]>=12",
+    "jax>=0.10",
+    "numba>=0.60",
+    "numpy>=2",
+    "optax",
+    "orbax-checkpoint>=0.11",
+    "pyarrow>=17",
+    "rich",
+    "sentencepiece>=0.2",
+    "seqio>=0.0.20",
+    "tensorboardX",
+    "tensorflow>=2.20",
+    "tensorflow-text>=2.20",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda13]; sys_platform == 'linux'"],
+    "spark": ["ibis-framework[pyspark]>=12"],
+    "bigquery": ["ibis-framework[bigquery]>=12"],
+    "beam": ["apache-beam"],
+    "lora": ["qwix"],
+    "export": ["orbax-export"],
+    # T5X is not released to a package index; docs/architecture.md says how it is installed.
+    "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
+    "test": [
+        "build",
+        "hypothesis",
+        "mypy",
+        "pytest",
+        "pytest-cov",
+        "pytest-xdist",
+        "ruff",
+        "tensorboard",
+    ],
+    "bench": ["torch", "transformers"],
+}
+
+setuptools.setup(
+    name="calrec_jax",
+    version=VERSION,
+    description="Text-based generative sequential recommendation (CALRec) in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=setuptools.find_packages(include=["calrec_jax", "calrec_jax.*"]),
+    package_data={"calrec_jax": ["gin_configs/**/*.gin", "evaluate/*.html", "py.typed"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["calrec = calrec_jax.cli:main"]},
+)
