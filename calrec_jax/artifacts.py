@@ -1,8 +1,8 @@
 """Files and folders that are either whole or absent, and the manifests that say what they were made from.
 
-Notable: everything is written to a temporary sibling, flushed to the disk and renamed, so a crash, a full disk or Ctrl-C leaves
-nothing that a later run would trust. `manifest.json` is written last and marks an artefact complete; its hash covers its kind, its
-inputs (by hash), its settings and its facts, and so names the artefact for whatever is made from it.
+Notable: everything is written to a temporary sibling, flushed to the disk and renamed, so a crash, a full disk or
+Ctrl-C leaves nothing that a later run would trust. `manifest.json` is written last and marks an artefact complete; its
+hash covers its kind, its inputs (by hash), its settings and its facts, and names it for what is made from it.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def disk_errors(folder: str | os.PathLike) -> Iterator[None]:
     """Turns a full disk, or a folder that may not be written, into a `CalrecError` that names `folder`.
 
-    Writers that are not ours (Parquet, DuckDB, orbax) report a full disk in their own exceptions; the system's words are looked for.
+    Writers that are not ours (Parquet, DuckDB, orbax) report a full disk in their own exceptions, so the
+    system's words are looked for.
     """
     try:
         yield
@@ -67,8 +68,8 @@ def _no_space(folder: str | os.PathLike, error: Exception) -> CalrecError:
 def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling to write to; it replaces `path` when the block ends well, and is removed otherwise.
 
-    The sibling's name ends in the name of `path`, since some writers choose a format by the suffix, and starts with a dot, so that
-    no pattern such as `part-*.parquet` finds it.
+    The sibling's name ends in the name of `path`, since some writers choose a format by the suffix, and starts with a
+    dot, so that no pattern such as `part-*.parquet` finds it.
 
     Raises:
       CalrecError: no space is left, or the folder cannot be written.
@@ -89,7 +90,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a new, empty temporary sibling folder; it becomes `path` when the block ends well, and is removed otherwise.
+    """Yields a new, empty temporary sibling folder; it becomes `path` if the block ends well, else is removed.
 
     Raises:
       CalrecError: `path` exists already, no space is left, or the parent folder cannot be written.
@@ -171,7 +172,10 @@ def hash_file(path: str | os.PathLike) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """The sha256, in hex, of a value's canonical JSON: keys sorted, no spaces, tuples as lists, dataclasses as objects, paths as strings."""
+    """The sha256, in hex, of a value's canonical JSON.
+
+    Keys are sorted, no spaces; tuples and NumPy arrays count as lists, dataclasses as objects, paths as strings.
+    """
     text = json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -232,7 +236,8 @@ def write_manifest(
       kind: what the artefact is, e.g. "dataset".
       made_from: role ("dataset", "tokenizer", …) to the hash of each input.
       settings: the step's own arguments; what JSON can hold, dataclasses, tuples, paths and NumPy values.
-      **facts: what is worth keeping beside them (counts, hashes of the files written); they enter the hash, so no clock times.
+      **facts: what is worth keeping beside them (counts, hashes of the files written); they enter the hash, so no
+        clock times.
 
     Returns:
       The hash of kind, made_from, settings and facts.
@@ -255,7 +260,7 @@ def read_manifest(folder: str | os.PathLike, *, kind: str) -> dict[str, Any]:
     """The manifest of a complete artefact: "kind", "hash", "made_from", "settings", "gin" and the facts.
 
     Raises:
-      CalrecError: there is none (the step did not finish), it is of another kind, or it was changed since it was written.
+      CalrecError: there is none (the step did not finish), it is of another kind, or it was changed afterwards.
     """
     path = pathlib.Path(folder) / MANIFEST
     if not path.exists():
