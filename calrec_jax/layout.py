@@ -1,0 +1,48 @@
+"""Where everything of a run is: one folder, the same names for every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLayout:
+    """The paths inside a run folder; nothing is made or read here."""
+
+    root: pathlib.Path
+
+    @property
+    def raw(self) -> pathlib.Path:
+        """The raw dumps of the synthetic shop (quickstart only)."""
+        return self.root / "raw"
+
+    def dataset(self, name: str) -> pathlib.Path:
+        """A category's dataset."""
+        return self.root / "datasets" / name
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        """The vocabulary of the run."""
+        return self.root / "tokenizer"
+
+    def stage(self, name: str) -> pathlib.Path:
+        """A training stage: "stage1" or "stage2"."""
+        return self.root / name
+
+    def completions(self, split: str, decode: str) -> pathlib.Path:
+        """What the decode named `decode` wrote for a split."""
+        return self.root / "completions" / f"{split}-{decode}"
+
+    def ranking(self, split: str, name: str) -> pathlib.Path:
+        """What the ranking named `name` says for a split."""
+        return self.root / "rankings" / f"{split}-{name}"
+
+    def report(self, split: str) -> pathlib.Path:
+        """The report; that of the test split, which is the one to show, has the plain name."""
+        return self.root / ("report" if split == "test" else f"report-{split}")
+
+    @property
+    def timing(self) -> pathlib.Path:
+        """Seconds of each step, added up over resumed runs."""
+        return self.root / "timing.json"
