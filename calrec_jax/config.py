@@ -93,7 +93,7 @@ class _References(config_parser.ParserDelegate):
 
     def __init__(self, config: Config):
         self.config = config
-        self.where = ""
+        self.macros: list[str] = []  # of the statement being parsed
 
     def configurable_reference(self, scoped_name: str, evaluate: bool) -> Any:
         del evaluate
@@ -103,7 +103,7 @@ class _References(config_parser.ParserDelegate):
     def macro(self, name: str) -> Any:
         if name == "gin.REQUIRED":
             return self._REQUIRED
-        self.config.macros_read.setdefault(name, self.where)
+        self.macros.append(name)
         return name
 
 
@@ -186,10 +186,10 @@ def _read_file(config: Config, file: str, folders: Sequence[str], where: str, de
 def _read(config: Config, text: str, source: str, folders: Sequence[str], depth: int, *, flag: bool = False) -> None:
     references = _References(config)
     try:
-        references.where = source
         for statement in config_parser.ConfigParser(text, references):
             where = source if flag else f"{source}:{statement.location.line_num}"
-            references.where = where
+            config.macros_read.update({name: where for name in references.macros if name not in config.macros_read})
+            references.macros.clear()
             if isinstance(statement, config_parser.IncludeStatement):
                 _read_file(config, statement.filename, folders, where, depth + 1)
             elif isinstance(statement, config_parser.ImportStatement):
@@ -204,7 +204,7 @@ def _read(config: Config, text: str, source: str, folders: Sequence[str], depth:
     except Exception as error:  # tokenize.TokenError, which is the tokeniser's own class
         if type(error).__name__ != "TokenError":
             raise
-        raise CalrecError(f"{source}: {_one_line(error)}{_QUOTES if flag else ''}") from error
+        raise CalrecError(f"{source}: {error.args[0]}{_QUOTES if flag else ''}") from error
 
 
 _QUOTES = "; a text needs quotes of its own, as in --gin.NAME='\"text\"'"
@@ -212,7 +212,7 @@ _QUOTES = "; a text needs quotes of its own, as in --gin.NAME='\"text\"'"
 
 def _syntax(error: Exception) -> str:
     if isinstance(error, SyntaxError):
-        message = (error.msg or "").splitlines()[0].strip().rstrip(".")
+        message = (error.msg or "").splitlines()[-1].strip().rstrip(".")  # the last line is gin's, any before it Python's
         return f"line {error.lineno}: {message}" if error.lineno else message
     return _one_line(error)
 
@@ -249,7 +249,7 @@ def _check_names(config: Config, skip: set[str]) -> None:
         try:
             configurable = gin.get_configurable(binding.selector)
         except ValueError as error:
-            nearest = _nearest(binding.selector, {name.rsplit(".", 1)[-1] for name in gin.config._REGISTRY})
+            nearest = _nearest(binding.selector, {name.rsplit(".", 1)[-1] for name, _ in gin.config._REGISTRY.items()})
             raise CalrecError(f"{binding.where}: there is no {binding.selector} to configure{nearest}") from error
         parameters = inspect.signature(configurable).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
