@@ -1,0 +1,283 @@
+"""The line in a row: each step of a run folder, from raw dumps to the report.
+
+Notable: a step that is done is skipped, one that was interrupted goes on, so `Line.run` is called again after anything
+that stopped it. The same `Line` serves each verb of the command, which is why one gin file holds a whole run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gin
+
+from calrec_jax import artifacts
+from calrec_jax.config import Config
+from calrec_jax.errors import CalrecError
+from calrec_jax.layout import RunLayout
+
+if TYPE_CHECKING:
+    from calrec_jax.data.dataset import Dataset
+    from calrec_jax.tokenizer import Tokenizer
+
+SPLITS = ("validation", "test")
+_FROM_LINE = "the run passes it; set it in run.* instead"
+# What the line passes itself, so that binding it would be ignored.
+_PASSED = {
+    "prepare": ("out", "name", "reviews", "metadata"),
+    "vocab": ("out", "datasets", "template"),
+    "train": ("out", "datasets", "tokenizer", "init_from"),
+    "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
+    "rank": ("out", "dataset", "completions", "split"),
+    "evaluate": ("out", "dataset", "rankings", "split", "oracle"),
+}
+
+
+@gin.configurable("run")
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One run: which categories, which steps, in which folder.
+
+    Attributes:
+      run_dir: the run folder.
+      target: the category to recommend in; stage II and everything after it.
+      categories: what stage I and the tokenizer are trained on; the target belongs to them, too, when it is listed.
+      data_dir: folder of the raw dumps; `raw/` of the run folder when None.
+      reviews: file name of a category's reviews in `data_dir`; `{category}` stands for its name.
+      metadata: the same of its metadata.
+      stages: training stages in order, each a gin scope of `train`: "stage1" trains on `categories`, "stage2" on
+        `target`, from the parameters of the stage before.
+      decodes: gin scopes of `decode`; the completions each writes have its name.
+      rankings: gin scope of `rank` to the name of the decode it ranks, or None where it needs no completions.
+      split: "validation" or "test"; what is decoded, ranked and evaluated.
+    """
+
+    run_dir: str
+    target: str
+    categories: tuple[str, ...] = ()
+    data_dir: str | None = None
+    reviews: str = "{category}_5.json.gz"
+    metadata: str = "meta_{category}.json.gz"
+    stages: tuple[str, ...] = ("stage1", "stage2")
+    decodes: tuple[str, ...] = ("sample",)
+    rankings: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: {"calrec": "sample"})
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise CalrecError(f"run.split is {self.split!r}; it can be {' or '.join(SPLITS)}")
+        for stage in self.stages:
+            if stage not in ("stage1", "stage2"):
+                raise CalrecError(f"run.stages has {stage!r}; it can have stage1 and stage2")
+        for name, decode in self.rankings.items():
+            if decode is not None and decode not in self.decodes:
+                raise CalrecError(
+                    f"run.rankings: {name} ranks the decode {decode!r}, and run.decodes has {self.decodes}"
+                )
+        for category in self.all_categories:
+            if not category or category.startswith(".") or "/" in category or "\\" in category:
+                raise CalrecError(f"run.categories: {category!r} cannot be the name of a category")
+
+    @property
+    def all_categories(self) -> tuple[str, ...]:
+        """The target and the categories, each once, in a stable order."""
+        return tuple(dict.fromkeys([*self.categories, self.target]))
+
+    @property
+    def layout(self) -> RunLayout:
+        """The paths in the run folder."""
+        return RunLayout(pathlib.Path(self.run_dir))
+
+    def check(self, config: Config) -> None:
+        """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
+        config.check_scopes([*self.stages, *self.decodes, *self.rankings])
+        for selector, parameters in _PASSED.items():
+            config.check_not_bound(selector, parameters, _FROM_LINE)
+
+    # The steps.
+
+    def prepare(self, category: str) -> None:
+        """Makes a category's dataset from its raw dumps."""
+        from calrec_jax.data.prepare import prepare
+
+        folder = pathlib.Path(self.data_dir) if self.data_dir is not None else self.layout.raw
+        files = [folder / pattern.replace("{category}", category) for pattern in (self.reviews, self.metadata)]
+        out = self.layout.dataset(category)
+        with self._step(f"prepare {category}", out):
+            prepare(out, name=category, reviews=files[0], metadata=files[1])
+
+    def vocab(self) -> None:
+        """Trains the tokenizer on the catalogues of all categories."""
+        from calrec_jax.data.templates import Template
+        from calrec_jax.tokenizer import make_tokenizer
+
+        with self._step("vocab", self.layout.tokenizer):
+            make_tokenizer(self.layout.tokenizer, self._datasets(self.all_categories), Template())
+
+    def train(self, stage: str) -> None:
+        """Trains a stage, from the parameters of the one before it in `stages`."""
+        from calrec_jax.train.loop import train
+
+        if stage not in self.stages:
+            raise CalrecError(f"--stage={stage} is not in run.stages, which has {', '.join(self.stages)}")
+        before = self.stages[: self.stages.index(stage)]
+        names = self.categories or (self.target,)
+        if stage == "stage2":
+            names = (self.target,)
+        out = self.layout.stage(stage)
+        with self._step(f"train {stage}", out), gin.config_scope(stage):
+            train(
+                out,
+                self._datasets(names),
+                self._tokenizer(),
+                init_from=self.layout.stage(before[-1]) if before else None,
+            )
+
+    def decode(self, name: str) -> None:
+        """Writes completions for the users of the split from the last stage's checkpoint."""
+        from calrec_jax.decode.run import decode
+
+        self._check_name(name, self.decodes, "run.decodes")
+        if not self.stages:
+            raise CalrecError("run.stages is empty, so there is no checkpoint to decode from")
+        out = self.layout.completions(self.split, name)
+        with self._step(f"decode {self.split}-{name}", out), gin.config_scope(name):
+            checkpoint = self.layout.stage(self.stages[-1])
+            decode(out, self._dataset(self.target), self._tokenizer(), checkpoint, split=self.split)
+
+    def rank(self, name: str) -> None:
+        """Turns completions into a ranking of the catalogue."""
+        from calrec_jax.rank.run import rank
+
+        self._check_name(name, self.rankings, "run.rankings")
+        decode = self.rankings[name]
+        completions = self.layout.completions(self.split, decode) if decode is not None else None
+        out = self.layout.ranking(self.split, name)
+        with self._step(f"rank {self.split}-{name}", out), gin.config_scope(name):
+            rank(out, self._dataset(self.target), completions, split=self.split)
+
+    def evaluate(self) -> None:
+        """Scores the rankings beside the baselines, and writes the report."""
+        from calrec_jax.evaluate.run import evaluate
+
+        rankings = {name: self.layout.ranking(self.split, name) for name in self.rankings}
+        out = self.layout.report(self.split)
+        oracle = self.layout.raw / "oracle.json"
+        with self._step(f"evaluate {self.split}", out):
+            evaluate(
+                out,
+                self._dataset(self.target),
+                rankings,
+                split=self.split,
+                oracle=oracle if oracle.exists() else None,
+            )
+
+    def steps(self) -> list[Callable[[], None]]:
+        """The whole line, in order."""
+        return [
+            *(functools.partial(self.prepare, category) for category in self.all_categories),
+            self.vocab,
+            *(functools.partial(self.train, stage) for stage in self.stages),
+            *(functools.partial(self.decode, name) for name in self.decodes),
+            *(functools.partial(self.rank, name) for name in self.rankings),
+            self.evaluate,
+        ]
+
+    def run(self) -> None:
+        """Runs the line and prints the report's table, what was made, and the seconds of each step."""
+        for step in self.steps():
+            step()
+        print_summary(self.layout, self.split)
+
+    # What the steps read.
+
+    def _dataset(self, name: str) -> Dataset:
+        return _load_dataset(self.layout.dataset(name))
+
+    def _datasets(self, names: Sequence[str]) -> list[Dataset]:
+        return [self._dataset(name) for name in names]
+
+    def _tokenizer(self) -> Tokenizer:
+        from calrec_jax.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.layout.tokenizer)
+
+    def _check_name(self, name: str, names: Sequence[str] | Mapping[str, Any], setting: str) -> None:
+        if name not in names:
+            raise CalrecError(f"--name={name} is not in {setting}, which has {', '.join(names) or 'none'}")
+
+    @contextlib.contextmanager
+    def _step(self, name: str, out: pathlib.Path) -> Iterator[None]:
+        """Says what is done and where, and adds the seconds to `timing.json`, also when the step is interrupted."""
+        was_complete = (out / artifacts.MANIFEST).exists()
+        print(f"calrec: {name} → {out}" + (" (checking what is there)" if was_complete else ""), flush=True)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            if not was_complete:
+                self._add_seconds(name, seconds)
+        print(
+            f"calrec: {name} " + ("was done already, skipped" if was_complete else f"took {seconds:.1f} s"), flush=True
+        )
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        timing = artifacts.read_json(self.layout.timing) if self.layout.timing.exists() else {}
+        timing[name] = round(timing.get(name, 0.0) + seconds, 3)
+        artifacts.write_json(self.layout.timing, timing)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_dataset_cached(folder: pathlib.Path, modified: int) -> Dataset:
+    from calrec_jax.data.dataset import Dataset
+
+    del modified
+    return Dataset.load(folder)
+
+
+def _load_dataset(folder: pathlib.Path) -> Dataset:
+    """The dataset, read once for all steps of a process unless it was made anew."""
+    manifest = folder / artifacts.MANIFEST
+    return _load_dataset_cached(folder, manifest.stat().st_mtime_ns if manifest.exists() else 0)
+
+
+def print_summary(layout: RunLayout, split: str) -> None:
+    """Prints the table of the report, the paths of what the run made, and the seconds of each step."""
+    import rich.console
+    import rich.table
+
+    report = artifacts.read_json(layout.report(split) / "metrics.json")
+    columns = ("recall@1", "recall@10", "ndcg@10", "mrr")
+    table = rich.table.Table(
+        "ranking",
+        *columns,
+        title=f"{report['dataset']}, {split}: {report['users']:,} users, {report['items']:,} items, all ranked",
+    )
+    for row in report["rows"]:
+        values = [_cell(row, column) for column in columns]
+        table.add_row(
+            row["name"],
+            *values,
+            style="bold" if row["kind"] == "calrec" else "dim" if row["kind"] == "oracle" else None,
+        )
+    rich.console.Console().print(table)
+    made = [layout.root / "datasets", layout.tokenizer, layout.stage("stage1"), layout.stage("stage2")]
+    made += [layout.root / "completions", layout.root / "rankings", layout.report(split) / "report.html"]
+    print("Made:", *(f"  {path}" for path in made if path.exists()), sep="\n")
+    timing = artifacts.read_json(layout.timing) if layout.timing.exists() else {}
+    print("Seconds:", *(f"  {seconds:9.1f}  {name}" for name, seconds in timing.items()), sep="\n")
+    print(f"  {sum(timing.values()):9.1f}  in all", flush=True)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    value = row["metrics"].get(column)
+    if value is None:
+        return "–"
+    low_high = (row.get("interval") or {}).get(column)
+    return f"{value:.4f}" + (f" [{low_high[0]:.4f}, {low_high[1]:.4f}]" if low_high and column == "ndcg@10" else "")
