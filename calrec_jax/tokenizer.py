@@ -1,10 +1,10 @@
 """SentencePiece tokenizer: training it from catalogues, and using it. Imports no TensorFlow.
 
-Notable: the template's sentences and field names are single pieces, and so are attribute sentences that many items share
-(`` Category: Industrial & Scientific, Abrasives.``): a model then spends its tokens on titles. With byte fallback and the
-identity normaliser every string round-trips, ``decode(encode(text)) == text``. SentencePiece itself writes a space as
-U+2581 (``▁``), so that character is encoded as its three bytes here and comes back as itself. The one thing that has no
-encoding is a lone surrogate, which is no Unicode text; it is an error.
+Notable: the template's sentences and field names are single pieces, and so are attribute sentences that many items
+share (`` Category: Industrial & Scientific, Abrasives.``): a model then spends its tokens on titles. With byte fallback
+and the identity normaliser every string round-trips, ``decode(encode(text)) == text``. SentencePiece itself writes a
+space as U+2581 (``▁``), so that character is encoded as its three bytes here and comes back as itself. The one thing
+that has no encoding is a lone surrogate, which is no Unicode text; it is an error.
 """
 
 import collections
@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gin
 import sentencepiece
 
-import gin
 from calrec_jax import artifacts
 from calrec_jax.data import templates
 from calrec_jax.data.dataset import Dataset
@@ -201,7 +201,7 @@ def train_tokenizer(
     if vocab_size <= needed:
         raise CalrecError(
             f"vocab_size={vocab_size} is too small: {len(symbols)} whole-piece symbols, {_BYTE_PIECES} bytes and "
-            f"{_SPECIAL_PIECES} special ids take {needed}. Set vocab.vocab_size higher, or vocab.whole_sentences_min_count."
+            f"{_SPECIAL_PIECES} special ids take {needed}. Raise vocab.vocab_size or vocab.whole_sentences_min_count."
         )
     model = io.BytesIO()
     try:

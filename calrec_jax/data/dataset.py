@@ -26,6 +26,7 @@ SEQUENCES_FILE = "sequences.parquet"
 CARD_FILE = "data_card.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 SPLITS = ("validation", "test")
+_AGAIN = "Delete the folder and run `calrec prepare` again."
 
 ITEMS_SCHEMA = pa.schema([(name, pa.string()) for name in ("item_id", *templates.ATTRIBUTES, "text")])
 SEQUENCES_SCHEMA = pa.schema(
@@ -104,9 +105,7 @@ class Dataset:
         sequences = _read_table(folder / SEQUENCES_FILE, SEQUENCES_SCHEMA, manifest["files"])
         ids = items["item_id"].to_pylist()
         if None in ids or any(first >= second for first, second in itertools.pairwise(ids)):
-            raise CalrecError(
-                f"{folder / ITEMS_FILE}: item_id must be ascending, without repeats. Run `calrec prepare` again."
-            )
+            raise CalrecError(f"{folder / ITEMS_FILE}: item_id must be ascending, without repeats. {_AGAIN}")
         arrays = _sequence_arrays(folder, items, sequences)
         return cls(
             name=manifest["name"],
@@ -127,18 +126,16 @@ def _objects(column: pa.ChunkedArray) -> np.ndarray:
 def _read_table(path: Path, schema: pa.Schema, hashes: Mapping[str, str]) -> pa.Table:
     """Reads a Parquet file whose columns must be the schema's and whose bytes must be the manifest's."""
     if not path.is_file():
-        raise CalrecError(f"{path} is missing. Remove the folder and run `calrec prepare` again.")
+        raise CalrecError(f"{path} is missing. {_AGAIN}")
     if hashes.get(path.name) != artifacts.hash_file(path):
-        raise CalrecError(
-            f"{path} is not the file its manifest names. Remove the folder and run `calrec prepare` again."
-        )
+        raise CalrecError(f"{path} is not the file its manifest names. {_AGAIN}")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise CalrecError(f"{path} cannot be read as Parquet ({error}). Run `calrec prepare` again.") from error
+        raise CalrecError(f"{path} cannot be read as Parquet ({error}). {_AGAIN}") from error
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
-        raise CalrecError(f"{path} lacks the columns {missing}. Run `calrec prepare` again.")
+        raise CalrecError(f"{path} lacks the columns {missing}. {_AGAIN}")
     try:
         return table.select(schema.names).cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -150,23 +147,19 @@ def _sequence_arrays(folder: Path, items: pa.Table, sequences: pa.Table) -> dict
     path = folder / SEQUENCES_FILE
     for name in sequences.column_names:
         if sequences[name].null_count:
-            raise CalrecError(
-                f"{path}: column {name} has {sequences[name].null_count} nulls. Run `calrec prepare` again."
-            )
+            raise CalrecError(f"{path}: column {name} has {sequences[name].null_count} nulls. {_AGAIN}")
     item_ids = sequences["item_ids"].combine_chunks()
     timestamps = sequences["timestamps"].combine_chunks()
     lengths = pc.list_value_length(item_ids).to_numpy(zero_copy_only=False)
     if not np.array_equal(lengths, pc.list_value_length(timestamps).to_numpy(zero_copy_only=False)):
-        raise CalrecError(
-            f"{path}: item_ids and timestamps differ in length for some user. Run `calrec prepare` again."
-        )
+        raise CalrecError(f"{path}: item_ids and timestamps differ in length for some user. {_AGAIN}")
     flat = item_ids.flatten()
     index = pc.index_in(flat, value_set=items["item_id"].combine_chunks())
     if index.null_count:
         unknown = flat.filter(pc.is_null(index))[0].as_py()
         raise CalrecError(
-            f"{path} names item {unknown!r}, which is not in {folder / ITEMS_FILE} ({index.null_count} purchases of such "
-            "items). The two files belong to different datasets; run `calrec prepare` again."
+            f"{path} names item {unknown!r}, which is not in {folder / ITEMS_FILE} (so for {index.null_count} purchases). "
+            f"The two files belong to different datasets. {_AGAIN}"
         )
     valid = sequences["valid_position"].to_numpy().astype(np.int32)
     test = sequences["test_position"].to_numpy().astype(np.int32)
@@ -175,7 +168,7 @@ def _sequence_arrays(folder: Path, items: pa.Table, sequences: pa.Table) -> dict
         user = sequences["user_id"][int(wrong[0])].as_py()
         raise CalrecError(
             f"{path}: valid_position and test_position of user {user!r} are not 0 <= valid < test < length "
-            f"({wrong.size} such users). Run `calrec prepare` again."
+            f"({wrong.size} such users). {_AGAIN}"
         )
     return {
         "user_ids": _objects(sequences["user_id"]),

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import gin
+
 from calrec_jax.errors import CalrecError
 
 VERSION = "calrec-1"

@@ -1,0 +1,1 @@
+"""From raw purchase logs to text and packed batches: readers, prepare, templates, examples, packing."""
