@@ -50,6 +50,7 @@ class Line:
       data_dir: folder of the raw dumps; `raw/` of the run folder when None.
       reviews: file name of a category's reviews in `data_dir`; `{category}` stands for its name.
       metadata: the same of its metadata.
+      oracle: the same of the synthetic shop's own probabilities; where there is such a file the report shows the ceiling.
       stages: training stages in order, each a gin scope of `train`: "stage1" trains on `categories`, "stage2" on
         `target`, from the parameters of the stage before.
       decodes: gin scopes of `decode`; the completions each writes have its name.
@@ -63,6 +64,7 @@ class Line:
     data_dir: str | None = None
     reviews: str = "{category}_5.json.gz"
     metadata: str = "meta_{category}.json.gz"
+    oracle: str = "oracle_{category}.npz"
     stages: tuple[str, ...] = ("stage1", "stage2")
     decodes: tuple[str, ...] = ("sample",)
     rankings: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: {"calrec": "sample"})
@@ -93,6 +95,10 @@ class Line:
         """The paths in the run folder."""
         return RunLayout(pathlib.Path(self.run_dir))
 
+    @property
+    def _data_dir(self) -> pathlib.Path:
+        return pathlib.Path(self.data_dir).expanduser() if self.data_dir is not None else self.layout.raw
+
     def check(self, config: Config) -> None:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
         config.check_scopes([*self.stages, *self.decodes, *self.rankings])
@@ -105,10 +111,9 @@ class Line:
         """Makes a category's dataset from its raw dumps."""
         from calrec_jax.data.prepare import prepare
 
-        folder = pathlib.Path(self.data_dir) if self.data_dir is not None else self.layout.raw
-        files = [folder / pattern.replace("{category}", category) for pattern in (self.reviews, self.metadata)]
+        files = [self._data_dir / pattern.replace("{category}", category) for pattern in (self.reviews, self.metadata)]
         out = self.layout.dataset(category)
-        with self._step(f"prepare {category}", out):
+        with self.step(f"prepare {category}", out):
             prepare(out, name=category, reviews=files[0], metadata=files[1])
 
     def vocab(self) -> None:
@@ -116,7 +121,7 @@ class Line:
         from calrec_jax.data.templates import Template
         from calrec_jax.tokenizer import make_tokenizer
 
-        with self._step("vocab", self.layout.tokenizer):
+        with self.step("vocab", self.layout.tokenizer):
             make_tokenizer(self.layout.tokenizer, self._datasets(self.all_categories), Template())
 
     def train(self, stage: str) -> None:
@@ -130,7 +135,7 @@ class Line:
         if stage == "stage2":
             names = (self.target,)
         out = self.layout.stage(stage)
-        with self._step(f"train {stage}", out), gin.config_scope(stage):
+        with self.step(f"train {stage}", out), gin.config_scope(stage):
             train(
                 out,
                 self._datasets(names),
@@ -146,7 +151,7 @@ class Line:
         if not self.stages:
             raise CalrecError("run.stages is empty, so there is no checkpoint to decode from")
         out = self.layout.completions(self.split, name)
-        with self._step(f"decode {self.split}-{name}", out), gin.config_scope(name):
+        with self.step(f"decode {self.split}-{name}", out), gin.config_scope(name):
             checkpoint = self.layout.stage(self.stages[-1])
             decode(out, self._dataset(self.target), self._tokenizer(), checkpoint, split=self.split)
 
@@ -158,7 +163,7 @@ class Line:
         decode = self.rankings[name]
         completions = self.layout.completions(self.split, decode) if decode is not None else None
         out = self.layout.ranking(self.split, name)
-        with self._step(f"rank {self.split}-{name}", out), gin.config_scope(name):
+        with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
             rank(out, self._dataset(self.target), completions, split=self.split)
 
     def evaluate(self) -> None:
@@ -167,14 +172,15 @@ class Line:
 
         rankings = {name: self.layout.ranking(self.split, name) for name in self.rankings}
         out = self.layout.report(self.split)
-        oracle = self.layout.raw / "oracle.json"
-        with self._step(f"evaluate {self.split}", out):
+        # The shop knows the probabilities of the last purchase, which is the test split's target.
+        oracle = self._data_dir / self.oracle.replace("{category}", self.target)
+        with self.step(f"evaluate {self.split}", out):
             evaluate(
                 out,
                 self._dataset(self.target),
                 rankings,
                 split=self.split,
-                oracle=oracle if oracle.exists() else None,
+                oracle=oracle if self.split == "test" and oracle.exists() else None,
             )
 
     def steps(self) -> list[Callable[[], None]]:
@@ -212,7 +218,7 @@ class Line:
             raise CalrecError(f"--name={name} is not in {setting}, which has {', '.join(names) or 'none'}")
 
     @contextlib.contextmanager
-    def _step(self, name: str, out: pathlib.Path) -> Iterator[None]:
+    def step(self, name: str, out: pathlib.Path) -> Iterator[None]:
         """Says what is done and where, and adds the seconds to `timing.json`, also when the step is interrupted."""
         was_complete = (out / artifacts.MANIFEST).exists()
         print(f"calrec: {name} → {out}" + (" (checking what is there)" if was_complete else ""), flush=True)

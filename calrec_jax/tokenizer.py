@@ -274,7 +274,8 @@ def make_tokenizer(
       template: the one the datasets' texts were made with.
       vocab_size: most pieces wanted.
       whole_sentences_min_count: an attribute sentence that this many items share is one piece; 0 is off. These take at
-        most half of `vocab_size`, the most frequent first; the manifest counts those left out.
+        most half of what bytes and the template leave of `vocab_size`, the most frequent first; the manifest counts
+        those left out.
       split_by_whitespace: see `train_tokenizer`.
 
     Raises:
@@ -302,10 +303,11 @@ def make_tokenizer(
         _log.info("%s: already made, skipped.", out)
         return Tokenizer.load(out)
     shared = whole_sentences(datasets, template, whole_sentences_min_count)
-    kept = shared[: vocab_size // 2]
+    symbols = template_symbols(template)
+    kept = shared[: max(0, vocab_size - _SPECIAL_PIECES - _BYTE_PIECES - len(symbols)) // 2]
     texts = (text for dataset in datasets for text in dataset.texts)
     model = train_tokenizer(
-        texts, vocab_size=vocab_size, symbols=template_symbols(template) + kept, split_by_whitespace=split_by_whitespace
+        texts, vocab_size=vocab_size, symbols=symbols + kept, split_by_whitespace=split_by_whitespace
     )
     tokenizer = Tokenizer(model)
     out.mkdir(parents=True, exist_ok=True)
