@@ -50,7 +50,7 @@ class Line:
       data_dir: folder of the raw dumps; `raw/` of the run folder when None.
       reviews: file name of a category's reviews in `data_dir`; `{category}` stands for its name.
       metadata: the same of its metadata.
-      oracle: the same of the synthetic shop's own probabilities; where there is such a file the report shows the ceiling.
+      oracle: the same of the synthetic shop's own probabilities; where there is one, the report shows the ceiling.
       stages: training stages in order, each a gin scope of `train`: "stage1" trains on `categories`, "stage2" on
         `target`, from the parameters of the stage before.
       decodes: gin scopes of `decode`; the completions each writes have its name.

@@ -1,0 +1,172 @@
+"""The command: help, exit statuses, messages, and what it sets before it computes."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from calrec_jax import __version__, cli
+from calrec_jax.errors import CalrecError
+
+VERBS = ("prepare", "vocab", "train", "decode", "rank", "evaluate", "eval_tasks", "run", "quickstart")
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "calrec_jax", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_answers_in_under_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = run("--help")
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0
+    assert min(seconds) < 1, seconds
+    for verb in VERBS:
+        assert f"\n    {verb}" in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+        import sys
+        from calrec_jax import cli
+        try:
+            cli.main(["run", "--help"])
+        except SystemExit:
+            pass
+        heavy = {"jax", "numpy", "pyarrow", "ibis", "tensorflow", "seqio", "gin", "flax", "numba", "rich"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    example = out.split("example:\n")[1].strip()
+    assert example.startswith(f"calrec {verb}")
+    words = [
+        word.split("=")[0] for word in example.split()[2:] if word.startswith("--") and not word.startswith("--gin.")
+    ]
+    for word in words:
+        assert f"{word} " in out, f"{example}: {word} is not an option"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"calrec {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "--gin_file is missing, for example: calrec train --gin_file=runs/"),
+        (["run", "--gin_file=nothing.gin"], "nothing.gin is not there"),
+        (["run", "--gin.RUN_DIR"], "--gin.RUN_DIR has no value; write --gin.NAME=value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("calrec_jax.config.MODULES", ())
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("calrec: error: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_options_are_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--stagee=stage1"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --stagee=stage1" in capsys.readouterr().err
+
+
+def test_bindings_are_taken_out_of_the_arguments():
+    arguments, bindings = cli._parse(
+        ["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"]
+    )
+    assert bindings == ["A=1", "stage1/train.steps=2"]
+    assert arguments.gin_file == ["x.gin", "y.gin"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "calrec: interrupted; running the same command again resumes"),
+        (CalrecError("reviews.json.gz is empty"), 1, "calrec: error: reviews.json.gz is empty"),
+    ],
+)
+def test_exit_status(error, status, message, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["run"]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_mistake_that_can_be_mended(tmp_path, capsys, monkeypatch):
+    class FullDisk:
+        run_dir = str(tmp_path / "run")
+
+        def check(self, config):
+            pass
+
+        def run(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_line", lambda loaded: FullDisk())
+    monkeypatch.setattr("calrec_jax.config.load", lambda *_, **__: None)
+    assert cli.main(["run", "--gin_file=x.gin"]) == 1
+    assert f"calrec: error: no space left to write in {tmp_path}/run; free some" in capsys.readouterr().err
+
+
+SCRIPT = """
+    import os, sys
+    sys.argv = ["calrec", {verb!r}]
+    print(*(os.environ.get(name) for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")), sys.flags.dev_mode)
+    sys.stdout.flush()
+    from calrec_jax.cli import main
+    sys.exit(main())
+"""
+AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
+
+
+@pytest.mark.skipif(not cli._has_glibc(), reason="the allocator's settings are glibc's")
+@pytest.mark.parametrize(
+    ("verb", "environment", "expected"),
+    [
+        ("train", {}, [AS_IT_WAS, SET]),
+        ("train", {"CALREC_ALLOCATOR": "0"}, [AS_IT_WAS]),
+        ("train", {"MALLOC_ARENA_MAX": "4"}, ["4 None True", "4 glibc.malloc.hugetlb=1 True"]),
+        ("prepare", {}, [AS_IT_WAS]),
+    ],
+)
+def test_computing_verbs_start_once_more_with_the_allocator_set(tmp_path, verb, environment, expected):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(verb=verb)))
+    names = (*cli._ALLOCATOR, cli._ALLOCATOR_SWITCH)
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, **environment},
+    )
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert done.returncode == 1 and "--gin_file is missing" in done.stderr, "it still runs the verb"
