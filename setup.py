@@ -60,7 +60,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["calrec_jax", "calrec_jax.*"]),
-    package_data={"calrec_jax": ["gin_configs/**/*.gin", "evaluate/*.html", "py.typed"]},
+    package_data={"calrec_jax": ["gin_configs/**/*.gin", "evaluate/page/*", "py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["calrec = calrec_jax.cli:main"]},

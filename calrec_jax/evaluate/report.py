@@ -1,0 +1,231 @@
+"""`report.html`: one file that opens offline, from `metrics.json` and the artefacts behind it.
+
+The page is a template, a style sheet and a few small scripts (`page/`), all written into the file, with the data as
+JSON in a script element that is never executed. The scripts build every element with `createElement` and text nodes: a
+title is text, whatever is in it. A content security policy allows the page its own style and script, by hash, and no
+network. The bytes depend on the inputs alone: no date, no path.
+"""
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from calrec_jax import artifacts
+from calrec_jax.data.dataset import SPLITS, Dataset
+from calrec_jax.errors import CalrecError
+from calrec_jax.evaluate import showcase
+
+REPORT_FILE = "report.html"
+_SCRIPTS = ("dom.js", "charts.js", "results.js", "training.js", "users.js", "main.js")
+_MOST_POINTS = 300  # of a curve; more are not seen at the width of a plot and make the file large
+_FIRST_METRICS = ("loss", "loss_next_item", "loss_user_target", "loss_target_target")
+_VERBS = ("prepare", "vocab", "train", "decode", "rank", "evaluate")
+_LAST_METRICS = ("learning_rate", "tokens_per_second")
+
+
+def write_report(
+    out: Path,
+    *,
+    dataset: Dataset,
+    metrics: dict[str, Any],
+    rankings: Mapping[str, Path],
+    completions: Mapping[str, Path],
+    training: Mapping[str, Path],
+    users: int = 100,
+    seed: int = 0,
+) -> Path:
+    """Writes `out/report.html`.
+
+    Args:
+      out: the report's folder, made when missing. Step times are read from `timing.json` in the folder above, if there.
+      dataset: the evaluated dataset.
+      metrics: what `metrics.json` holds.
+      rankings: folder of ranking shards by the name of its row in `metrics`; may be empty.
+      completions: folder of completion shards by name; may be empty.
+      training: folder of a stage by name, in order; the curves are its `metrics.jsonl`. May be empty.
+      users: how many single users the page shows, at most.
+      seed: of the draw of these users.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      CalrecError: if `metrics` or a setting makes no sense, or shards are broken or of another dataset.
+    """
+    split = metrics.get("split")
+    if split not in SPLITS:
+        raise CalrecError(f"metrics.json: split is {split!r}, not one of {list(SPLITS)}. Run `calrec evaluate` again.")
+    if not isinstance(metrics.get("rows"), list):
+        raise CalrecError("metrics.json has no list `rows`. Run `calrec evaluate` again.")
+    if users < 1:
+        raise CalrecError(f"users={users}: the report shows at least one user.")
+    names = _ranking_order(metrics, rankings)
+    drawn = showcase.draw_users(dataset, split, rankings[names[0]] if names else None, users, seed)
+    data = {
+        "metrics": metrics,
+        "dataset": {
+            "name": dataset.name,
+            "hash": dataset.hash,
+            "template": dataset.template,
+            "interactions": len(dataset.items),
+        },
+        "card": dataset.card,
+        "training": [_read_stage(name, Path(path)) for name, path in training.items()],
+        "timing": _read_timing(Path(out).parent / "timing.json"),
+        "rankings": names,
+        "sample": {"of": len(dataset.user_ids), "seed": seed, "ranking": names[0] if names else None},
+        **showcase.show_users(dataset, split, drawn, rankings, completions),
+    }
+    path = Path(out) / REPORT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with artifacts.atomic_file(path) as temporary:
+        # Text of a data file may hold lone surrogates (JSON allows them); UTF-8 does not.
+        temporary.write_bytes(render_page(dataset.name, split, data).encode("utf-8", "replace"))
+    return path
+
+
+def render_page(name: str, split: str, data: Mapping[str, Any]) -> str:
+    """Fills the template with style, scripts and data."""
+    page = importlib.resources.files("calrec_jax.evaluate") / "page"
+    style = "\n" + (page / "report.css").read_text(encoding="utf-8")
+    script = "\n" + "\n".join((page / file).read_text(encoding="utf-8") for file in _SCRIPTS)
+    parts = {
+        "title": html.escape(f"{name}, {split}: CALRec report"),
+        "dataset": html.escape(name),
+        "style": style,
+        "style_hash": _content_hash(style),
+        "script": script,
+        "script_hash": _content_hash(script),
+        "data": embed_json(data),
+    }
+    template = (page / "report.html").read_text(encoding="utf-8")
+    # One pass: a marker inside a part stays what it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def embed_json(value: Any) -> str:
+    """JSON that can stand in a script element: no `<`, `>` or `&`, so that nothing in it ends the element.
+
+    Numbers that JSON does not have (NaN, infinities) become null.
+    """
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":  # JSON's structure uses none of them: they stand inside strings only
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def _content_hash(text: str) -> str:
+    """A hash source of Content Security Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _ranking_order(metrics: Mapping[str, Any], rankings: Mapping[str, Path]) -> list[str]:
+    """Names of the rankings, CALRec's own first, in the order of the table."""
+    rows = {row["name"]: (row.get("kind") != "calrec", place) for place, row in enumerate(metrics["rows"])}
+    return sorted(rankings, key=lambda name: rows.get(name, (True, len(rows))))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Lines of a `metrics.jsonl`; None for one that is not a record (a crash may leave half a line)."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            valid = isinstance(record, dict) and isinstance(record.get("step"), int) and "split" in record
+            yield record if valid else None
+
+
+def _read_stage(name: str, path: Path) -> dict[str, Any]:
+    """Curves of one training stage. A step that was logged twice (a resumed run) counts once, as logged last."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        return {"name": name, "missing": "This stage left no metrics.jsonl."}
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    skipped = 0
+    for record in _records(file):
+        if record is None:
+            skipped += 1
+            continue
+        for key, value in record.items():
+            if (
+                key != "step"
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
+                values.setdefault(key, {}).setdefault(str(record["split"]), {})[record["step"]] = float(value)
+    if not values:
+        return {"name": name, "missing": "This stage's metrics.jsonl holds no numbers.", "skipped_lines": skipped}
+    longest = max(len(points) for splits in values.values() for points in splits.values())
+    speeds = values.get("tokens_per_second", {}).get("train", {})
+    return {
+        "name": name,
+        "last_step": max(step for splits in values.values() for points in splits.values() for step in points),
+        "averaged": math.ceil(longest / _MOST_POINTS),
+        "skipped_lines": skipped,
+        "tokens_per_second": statistics.median(speeds.values()) if speeds else None,
+        "metrics": [
+            {"name": key, "splits": {split: _curve(values[key][split]) for split in sorted(values[key])}}
+            for key in sorted(values, key=_metric_order)
+        ],
+    }
+
+
+def _metric_order(key: str) -> tuple[int, int, str]:
+    if key in _FIRST_METRICS:
+        return 0, _FIRST_METRICS.index(key), key
+    if key in _LAST_METRICS:
+        return 2, _LAST_METRICS.index(key), key
+    return 1, 0, key
+
+
+def _curve(points: Mapping[int, float]) -> dict[str, Any]:
+    """Points by step, means of consecutive ones where there are too many, and the lowest one of all."""
+    ordered = sorted(points.items())
+    best = min(ordered, key=lambda point: point[1])
+    size = math.ceil(len(ordered) / _MOST_POINTS)
+    groups = [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+    shown = [[group[-1][0], float(f"{statistics.fmean(value for _, value in group):.6g}")] for group in groups]
+    return {"points": shown, "best": [best[0], best[1]]}
+
+
+def _step_order(step: str) -> tuple[int, str]:
+    """The order of the line; a step is named by its verb and what it makes."""
+    verb = step.split(" ")[0]
+    return _VERBS.index(verb) if verb in _VERBS else len(_VERBS), step
+
+
+def _read_timing(path: Path) -> list[dict[str, Any]]:
+    """Steps of `timing.json`: seconds by step, or a record by step that holds `seconds` and other facts."""
+    if not path.is_file():
+        return []
+    timing = artifacts.read_json(path)
+    if not isinstance(timing, dict):
+        raise CalrecError(f"{path} does not map steps to seconds. Remove it: the next run writes it again.")
+    steps = []
+    for step, entry in sorted(timing.items(), key=lambda item: _step_order(item[0])):
+        facts = dict(entry) if isinstance(entry, dict) else {"seconds": entry}
+        steps.append({"step": step, "seconds": facts.pop("seconds", None), "facts": facts})
+    return steps
