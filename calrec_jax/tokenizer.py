@@ -110,8 +110,8 @@ class Tokenizer:
         """
         try:
             encoded = self._processor.encode([text.replace(_SPACE, "") for text in texts])
-        except (TypeError, UnicodeEncodeError) as error:  # which one depends on where SentencePiece meets the surrogate
-            broken = [text for text in texts if isinstance(text, str) and not _is_unicode(text)]
+        except (TypeError, UnicodeEncodeError) as error:  # SentencePiece's versions differ
+            broken = [text for text in texts if not _is_unicode(text)]
             if not broken:
                 raise
             raise CalrecError(f"Text {broken[0][:80]!r} has a lone surrogate, which is no Unicode text.") from error
@@ -135,9 +135,7 @@ class Tokenizer:
         limit = self.vocab_size
         wrong = next((i for ids in rows for i in ids if not 0 <= i < limit), None)
         if wrong is not None:
-            raise CalrecError(
-                f"Token id {wrong} is not in this tokenizer's vocabulary of {limit}; it belongs to another one."
-            )
+            raise CalrecError(f"Token id {wrong} is not in the vocabulary of {limit}; it is another tokenizer's.")
         return [self._decode_known(ids) for ids in rows]
 
     def _decode_known(self, ids: list[int]) -> str:
@@ -167,11 +165,11 @@ class Tokenizer:
             tokenizer = cls((folder / MODEL_FILE).read_bytes())
         except OSError as error:
             raise CalrecError(
-                f"{folder / MODEL_FILE}: cannot be read ({error.strerror}). Make it with `calrec vocab`."
+                f"{folder / MODEL_FILE} cannot be read ({error.strerror}). Delete {folder} and run `calrec vocab` again."
             ) from error
         if tokenizer.fingerprint != manifest["fingerprint"]:
             raise CalrecError(
-                f"{folder / MODEL_FILE} is not the model its manifest names. Make it again with `calrec vocab`."
+                f"{folder / MODEL_FILE} is not the model its manifest names. Delete {folder} and run `calrec vocab` again."
             )
         return tokenizer
 
@@ -293,7 +291,10 @@ def make_tokenizer(
             raise CalrecError(
                 f"Dataset {dataset.name!r} was made with another template. Prepare it again with this one."
             )
-        made_from[f"dataset/{dataset.name}"] = dataset.hash
+        role = f"dataset/{dataset.name}"
+        if role in made_from:
+            raise CalrecError(f"vocab: two datasets are named {dataset.name!r}; give each its own name.")
+        made_from[role] = dataset.hash
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "whole_sentences_min_count": whole_sentences_min_count,

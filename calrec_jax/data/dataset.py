@@ -154,12 +154,14 @@ def _sequence_arrays(folder: Path, items: pa.Table, sequences: pa.Table) -> dict
     if not np.array_equal(lengths, pc.list_value_length(timestamps).to_numpy(zero_copy_only=False)):
         raise CalrecError(f"{path}: item_ids and timestamps differ in length for some user. {_AGAIN}")
     flat = item_ids.flatten()
+    if flat.null_count or timestamps.flatten().null_count:
+        raise CalrecError(f"{path}: a purchase without an item or a time. {_AGAIN}")
     index = pc.index_in(flat, value_set=items["item_id"].combine_chunks())
     if index.null_count:
         unknown = flat.filter(pc.is_null(index))[0].as_py()
         raise CalrecError(
-            f"{path} names item {unknown!r}, which is not in {folder / ITEMS_FILE} (so for {index.null_count} purchases). "
-            f"The two files belong to different datasets. {_AGAIN}"
+            f"{path} names item {unknown!r}, which is not in {ITEMS_FILE} beside it ({index.null_count} such purchases): "
+            f"the two files belong to different datasets. {_AGAIN}"
         )
     valid = sequences["valid_position"].to_numpy().astype(np.int32)
     test = sequences["test_position"].to_numpy().astype(np.int32)
