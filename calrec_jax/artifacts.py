@@ -290,16 +290,26 @@ def is_done(folder: str | os.PathLike, *, kind: str, made_from: Mapping[str, str
     if not (pathlib.Path(folder) / MANIFEST).exists():
         return False
     manifest = read_manifest(folder, kind=kind)
-    differences = [
-        *_differences("made from another", manifest["made_from"], _plain(made_from)),
-        *_differences("setting", manifest["settings"], _plain(settings)),
-    ]
+    differences = request_differences(manifest["made_from"], manifest["settings"], made_from, settings)
     if differences:
         raise CalrecError(
             f"{folder} holds a {kind} that is not the one asked for: {'; '.join(differences)}. "
             f"Choose another --run_dir, or delete {folder} (and what was made from it) and run the same command again"
         )
     return True
+
+
+def request_differences(
+    made_from: Mapping[str, str],
+    settings: Mapping[str, Any],
+    asked_made_from: Mapping[str, str],
+    asked_settings: Mapping[str, Any],
+) -> list[str]:
+    """In words, each input and each setting in which what is there differs from what is asked for."""
+    return [
+        *_differences("made from another", _plain(made_from), _plain(asked_made_from)),
+        *_differences("setting", _plain(settings), _plain(asked_settings)),
+    ]
 
 
 def _differences(what: str, there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

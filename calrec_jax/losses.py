@@ -1,0 +1,250 @@
+"""The training objective of CALRec (Li et al., RecSys 2024): L = (1 − α − β)·L_NIG + α·L_TT + β·L_UT.
+
+Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of their row
+and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass makes the gradient
+(a custom VJP), so logits are computed once and only where a token is weighted. All functions are pure and work on a whole,
+possibly sharded, batch: in-batch negatives are global.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from calrec_jax.errors import CalrecError
+from calrec_jax.models.towers import mean_pool, unit
+
+DIRECTIONS = ("item_to_context", "context_to_item", "symmetric")
+NEGATIVE = -1e30
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and choices of the objective.
+
+    Attributes:
+      alpha: weight of L_TT, the target in context against the target alone.
+      beta: weight of L_UT, the user against the target alone; L_NIG gets 1 − α − β.
+      temperature: τ of both InfoNCE terms.
+      direction: "item_to_context" (anchor v_T against the batch's context vectors), "context_to_item", or "symmetric" (their mean).
+      mask_same: leave out negatives of the same user, item or text.
+      normalise: L_NIG divides by the sum of weights over "tokens", or is a mean over "examples" of each one's weighted mean.
+      chunk: columns of a row whose logits exist at once.
+    """
+
+    alpha: float = 0.125
+    beta: float = 0.025
+    temperature: float = 0.5
+    direction: str = "item_to_context"
+    mask_same: bool = True
+    normalise: str = "tokens"
+    chunk: int = 64
+
+    def __post_init__(self):
+        if self.direction not in DIRECTIONS:
+            raise CalrecError(f"LossConfig.direction={self.direction!r}: must be one of {DIRECTIONS}")
+        if self.normalise not in ("tokens", "examples"):
+            raise CalrecError(f"LossConfig.normalise={self.normalise!r}: must be 'tokens' or 'examples'")
+        if self.temperature <= 0:
+            raise CalrecError(f"LossConfig.temperature={self.temperature}: must be above 0")
+        if self.alpha < 0 or self.alpha + abs(self.beta) > 1:
+            raise CalrecError(
+                f"LossConfig.alpha={self.alpha}, beta={self.beta}: need alpha >= 0 and alpha + |beta| <= 1"
+            )
+        if self.chunk < 1:
+            raise CalrecError(f"LossConfig.chunk={self.chunk}: must be at least 1")
+
+
+def _gather_weighted(hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
+    """Moves each row's weighted places to its front; pads columns to a multiple of `chunk`."""
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    extra = -hidden.shape[1] % chunk
+    order = jnp.pad(order, ((0, 0), (0, extra)), constant_values=0)
+    real = jnp.arange(order.shape[1])[None, :] < jnp.sum(weights != 0, axis=1, keepdims=True)
+    taken = jnp.where(real, jnp.take_along_axis(weights, order, axis=1), 0.0)
+    chunks = (jnp.max(jnp.sum(weights != 0, axis=1)) + chunk - 1) // chunk
+    return order, jnp.take_along_axis(targets, order, axis=1), taken, chunks
+
+
+def _columns(array: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_token_loss(
+    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> jax.Array:
+    """Σ weight · −log softmax(hidden · embeddingᵀ)[target].
+
+    Args:
+      hidden: [B, L, D].
+      embedding: [V, D] float32.
+      targets: [B, L] int32.
+      weights: [B, L] float32, at least 0; places of weight 0 cost nothing.
+      chunk: columns at once.
+
+    Returns:
+      Scalar float32. Differentiable in `hidden` and `embedding`.
+    """
+    order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
+
+    def body(index, total):
+        h = jnp.take_along_axis(hidden, _columns(order, index, chunk)[..., None], axis=1)
+        logits = jnp.einsum("bcd,vd->bcv", h, embedding.astype(h.dtype), preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, _columns(taken_targets, index, chunk)[..., None], axis=-1)[..., 0]
+        return total + jnp.sum(_columns(taken_weights, index, chunk) * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+    return jax.lax.fori_loop(0, chunks, body, jnp.zeros((), jnp.float32))
+
+
+def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
+    order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
+    table = embedding.astype(hidden.dtype)
+
+    def body(index, carry):
+        total, d_taken, d_embedding = carry
+        h = jnp.take_along_axis(hidden, _columns(order, index, chunk)[..., None], axis=1)
+        target, weight = _columns(taken_targets, index, chunk), _columns(taken_weights, index, chunk)
+        logits = jnp.einsum("bcd,vd->bcv", h, table, preferred_element_type=jnp.float32)
+        # exp once: the softmax is both the normaliser and the gradient.
+        shifted = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        normaliser = shifted.sum(-1, keepdims=True)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        total += jnp.sum(weight * (jnp.log(normaliser[..., 0]) + logits.max(-1) - picked))
+        d_logits = shifted * (weight[..., None] / normaliser)
+        # The −1 at the target is applied as rows of the table and of h: no one-hot of width V.
+        d_h = jnp.einsum("bcv,vd->bcd", d_logits.astype(h.dtype), table, preferred_element_type=jnp.float32)
+        d_h -= weight[..., None] * jnp.take(embedding, target, axis=0)
+        d_embedding += jnp.einsum("bcv,bcd->vd", d_logits.astype(h.dtype), h, preferred_element_type=jnp.float32)
+        d_embedding = d_embedding.at[target].add(-weight[..., None] * h.astype(jnp.float32))
+        return total, jax.lax.dynamic_update_slice_in_dim(d_taken, d_h, index * chunk, axis=1), d_embedding
+
+    start = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((*order.shape, hidden.shape[-1]), jnp.float32),
+        jnp.zeros(embedding.shape, jnp.float32),
+    )
+    total, d_taken, d_embedding = jax.lax.fori_loop(0, chunks, body, start)
+    # Back to the places the columns came from: `order` is a permutation of a row, so its inverse is a gather.
+    inverse = jnp.argsort(order[:, : hidden.shape[1]], axis=1)
+    d_hidden = jnp.take_along_axis(d_taken, inverse[..., None], axis=1).astype(hidden.dtype)
+    return total, (d_hidden, d_embedding)
+
+
+def _weighted_token_loss_backward(chunk, residual, cotangent):
+    d_hidden, d_embedding = residual
+    return (cotangent * d_hidden).astype(d_hidden.dtype), cotangent * d_embedding, None, None
+
+
+weighted_token_loss.defvjp(_weighted_token_loss_forward, _weighted_token_loss_backward)
+
+
+def example_normalised_weights(weights: jax.Array, segment_ids: jax.Array, row_examples: int) -> jax.Array:
+    """Scales token weights so that each example's sum to 1 (examples without loss stay 0).
+
+    Args:
+      weights: [B, L] float32.
+      segment_ids: [B, L] int32; example k (0-based) is segments 2k+1 and 2k+2.
+      row_examples: K.
+
+    Returns:
+      [B, L] float32.
+    """
+    example = (segment_ids + 1) // 2
+    member = (example[:, None, :] == jnp.arange(1, row_examples + 1)[None, :, None]).astype(jnp.float32)
+    total = jnp.einsum("bkl,bl->bk", member, weights)
+    return weights * jnp.einsum("bkl,bk->bl", member, 1.0 / jnp.where(total > 0, total, 1.0))
+
+
+def info_nce(
+    anchors: jax.Array, candidates: jax.Array, mask: jax.Array, excluded: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE with in-batch negatives (van den Oord et al., 2018), cosine similarity.
+
+    Args:
+      anchors, candidates: [E, D] unit vectors; row e's positive is candidate e.
+      mask: [E] float32, 1 for real examples.
+      excluded: [E, E] bool, pairs that are no negatives; the diagonal is ignored.
+      temperature: τ.
+
+    Returns:
+      (sum over real anchors of −log softmax, sum over real anchors of "the positive is the top candidate").
+    """
+    scores = anchors @ candidates.T / temperature
+    diagonal = jnp.eye(len(scores), dtype=bool)
+    allowed = (mask[None, :] > 0) & (~excluded | diagonal)
+    scores = jnp.where(allowed, scores, NEGATIVE)
+    positive = jnp.diagonal(scores)
+    losses = jax.nn.logsumexp(scores, axis=1) - positive
+    return jnp.sum(losses * mask), jnp.sum((positive >= scores.max(1)) * mask)
+
+
+def _contrast(item: jax.Array, context: jax.Array, mask: jax.Array, excluded: jax.Array, config: LossConfig):
+    if config.direction == "item_to_context":
+        return info_nce(item, context, mask, excluded, config.temperature)
+    if config.direction == "context_to_item":
+        return info_nce(context, item, mask, excluded, config.temperature)
+    one = info_nce(item, context, mask, excluded, config.temperature)
+    other = info_nce(context, item, mask, excluded, config.temperature)
+    return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
+
+
+def calrec_loss(
+    hidden: jax.Array, embedding: jax.Array, batch: dict[str, jax.Array], config: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The whole objective over one packed batch.
+
+    Args:
+      hidden: [B, L, D] of `Transformer.activations`.
+      embedding: [V, D] tied embedding.
+      batch: the batch contract of docs/architecture.md.
+      config: weights and choices.
+
+    Returns:
+      (scalar loss, metrics as pairs of float32 sums "<name>" and "<name>_weight", to be divided only when reported).
+    """
+    mask2 = batch["example_mask"]
+    row_examples = mask2.shape[1]
+    weights = batch["decoder_loss_weights"]
+    if config.normalise == "examples":
+        weights = example_normalised_weights(weights, batch["decoder_segment_ids"], row_examples)
+    weight_sum = jnp.sum(weights)
+    generation = weighted_token_loss(hidden, embedding, batch["decoder_target_tokens"], weights, config.chunk)
+
+    mask = mask2.reshape(-1)
+    pooled = {
+        k: unit(mean_pool(hidden, batch[f"{k}_pool"], row_examples)).reshape(len(mask), -1)
+        for k in ("user", "target", "item")
+    }
+    excluded = jnp.zeros((len(mask), len(mask)), bool)
+    if config.mask_same:
+        for key in ("target_user", "target_item", "target_text"):
+            ids = batch[key].reshape(-1)
+            excluded |= ids[:, None] == ids[None, :]
+    target_target, tt_hits = _contrast(pooled["item"], pooled["target"], mask, excluded, config)
+    user_target, ut_hits = _contrast(pooled["item"], pooled["user"], mask, excluded, config)
+    count = jnp.sum(mask)
+
+    def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+        return total / jnp.maximum(weight, 1e-9)
+
+    loss = (
+        (1 - config.alpha - config.beta) * mean(generation, weight_sum)
+        + config.alpha * mean(target_target, count)
+        + config.beta * mean(user_target, count)
+    )
+    one = jnp.ones((), jnp.float32)
+    metrics = {
+        "loss": (loss, one),
+        "loss_next_item": (generation, weight_sum),
+        "loss_target_target": (target_target, count),
+        "loss_user_target": (user_target, count),
+        "accuracy_target_target": (tt_hits, count),
+        "accuracy_user_target": (ut_hits, count),
+    }
+    return loss, {k: v for name, (total, w) in metrics.items() for k, v in ((name, total), (f"{name}_weight", w))}

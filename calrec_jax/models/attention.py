@@ -1,0 +1,131 @@
+"""Attention of packed rows and of a decoding step.
+
+Notable: masks come from segment ids and positions, never from a materialised [B, L, L] input; grouped queries are kept grouped
+([B, L, G, H/G, C]), so keys and values are never repeated; the N samples of a user attend to *one* copy of the prefix's keys and
+values beside their own suffix. Softmax is in float32. `xla` is the only implementation so far.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+NEGATIVE = -1e30  # finite: a row that is all padding stays free of NaN
+
+
+def rope_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Sine and cosine of rotary position embedding (Su et al., 2021, eq. 15), half-split layout.
+
+    Args:
+      positions: [...] int32.
+      head_dim: C, even.
+      base: wavelength base, e.g. 10,000.
+
+    Returns:
+      (sin, cos), each [..., C/2] float32.
+    """
+    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates [..., heads, C] by angles [..., C/2] (shared by the heads)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    sin, cos = sin[..., None, :].astype(x.dtype), cos[..., None, :].astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def packed_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, block: int
+) -> jax.Array:
+    """Causal attention inside each segment of packed rows.
+
+    Queries go in blocks of `block` places, each against the keys up to its own end, so that about half of the causal square is
+    never computed.
+
+    Args:
+      query: [B, L, H, C], scaled already.
+      key, value: [B, L, G, C]; H is a multiple of G.
+      segment_ids: [B, L] int32; 0 is padding, whose outputs mean nothing.
+      block: query places a block; L need not divide by it.
+
+    Returns:
+      [B, L, H, C].
+    """
+    batch, length, heads, width = query.shape
+    groups = key.shape[2]
+    grouped = query.reshape(batch, length, groups, heads // groups, width)
+    outputs = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        place = jnp.arange(begin, end)
+        mask = (segment_ids[:, begin:end, None] == segment_ids[:, None, :end]) & (
+            place[:, None] >= jnp.arange(end)[None, :]
+        )
+        scores = jnp.einsum(
+            "blghc,bsgc->bghls", grouped[:, begin:end], key[:, :end], preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        outputs.append(jnp.einsum("bghls,bsgc->blghc", weights, value[:, :end]))
+    return jnp.concatenate(outputs, axis=1).reshape(batch, length, heads, width)
+
+
+def decoding_layout(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A prefix's keys [B, G, C, L] and values [B, G, L, C] from [B, L, G, C] each.
+
+    What a step multiplies by comes last, so that no step transposes the prefix again: on a CPU that halves a step's attention.
+    """
+    return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+
+
+def shared_prefix_attention(
+    query: jax.Array,
+    prefix: tuple[jax.Array, jax.Array],
+    prefix_mask: jax.Array,
+    suffix: tuple[jax.Array, jax.Array],
+    suffix_mask: jax.Array,
+) -> jax.Array:
+    """One decoding step: N samples of a user over the user's one prefix and each sample's own suffix.
+
+    The two parts share one softmax: their scores are joined, their keys and values are not.
+
+    Args:
+      query: [B, N, H, C], scaled already.
+      prefix: keys [B, G, C, L] and values [B, G, L, C], see `decoding_layout`.
+      prefix_mask: [B, L] bool, real places.
+      suffix: keys and values [B, N, G, T, C].
+      suffix_mask: [T] or [B, N, T] bool, places written so far.
+
+    Returns:
+      [B, N, H, C].
+    """
+    batch, samples, heads, width = query.shape
+    groups = suffix[0].shape[2]
+    grouped = query.reshape(batch, samples, groups, heads // groups, width)
+    shared = grouped.transpose(0, 2, 1, 3, 4).reshape(
+        batch, groups, -1, width
+    )  # samples and heads of a group: one matrix
+    before = jnp.einsum("bgqc,bgcl->bgql", shared, prefix[0], preferred_element_type=jnp.float32)
+    before = jnp.where(prefix_mask[:, None, None, :], before, NEGATIVE)
+    own = jnp.einsum("bnghc,bngtc->bnght", grouped, suffix[0], preferred_element_type=jnp.float32)
+    own_mask = jnp.broadcast_to(suffix_mask, (batch, samples, suffix_mask.shape[-1]))
+    own = jnp.where(own_mask[:, :, None, None, :], own, NEGATIVE)
+
+    def by_sample(x: jax.Array) -> jax.Array:
+        """[B, G, N·H/G, ...] → [B, N, G, H/G, ...]."""
+        return jnp.moveaxis(x.reshape(batch, groups, samples, heads // groups, *x.shape[3:]), 1, 2)
+
+    before_top, own_top = before.max(-1, keepdims=True), own.max(-1, keepdims=True)
+    before, own = jnp.exp(before - before_top), jnp.exp(own - own_top)
+    dtype = query.dtype
+    mixed_before = by_sample(jnp.einsum("bgql,bglc->bgqc", before.astype(dtype), prefix[1]))
+    mixed_own = jnp.einsum("bnght,bngtc->bnghc", own.astype(dtype), suffix[1])
+    # The parts are joined by their log-sum-exp: each was scaled by its own maximum.
+    before_top = by_sample(before_top)
+    top = jnp.maximum(before_top, own_top)
+    scale_before, scale_own = jnp.exp(before_top - top), jnp.exp(own_top - top)
+    total = scale_before * by_sample(before.sum(-1, keepdims=True)) + scale_own * own.sum(-1, keepdims=True)
+    mixed = (mixed_before * scale_before + mixed_own * scale_own) / total
+    return mixed.astype(dtype).reshape(batch, samples, heads, width)

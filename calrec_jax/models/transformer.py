@@ -1,0 +1,292 @@
+"""The decoder-only language model: RoPE, RMSNorm, grouped queries, gated MLP, tied embeddings.
+
+`hidden = model.apply(params, ..., method="activations")` is apart from `logits(hidden)`, so that pooling and both losses share
+one pass and the loss decides how much of the vocabulary is ever materialised. Keys and values are explicit results of `prefill`
+and explicit arguments of `decode`. Layers are scanned; parameters carry T5X's logical axis names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+
+from calrec_jax.errors import CalrecError
+from calrec_jax.models import attention
+
+ACTIVATIONS = {"gelu": nn.gelu, "silu": nn.silu}
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+KeyValues = tuple[tuple[jax.Array, jax.Array], ...]  # a pair a layer
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and choices of a decoder.
+
+    Attributes:
+      embed_dim: D.
+      num_layers: number of blocks.
+      num_heads: H.
+      num_kv_heads: G; H must be a multiple.
+      head_dim: C; None is D / H.
+      mlp_dim: F, of each of the gate and the value.
+      activation: "gelu" (GeGLU) or "silu" (SwiGLU).
+      dropout_rate: on the embeddings and on what each block adds to the residual stream, in training only.
+      rope_base: wavelength base of the rotary embedding.
+      norm_epsilon: of RMSNorm.
+      dtype: of activations and matrix products; parameters, softmax, norms and losses stay float32.
+      remat: "none", "dots" (keep matrix products) or "full" (recompute a block in the backward pass).
+      scan_layers: one traced block for all layers. False unrolls, which compiles slower and may run faster when small.
+      attention_block: query places that attend together; see `attention.packed_attention`.
+    """
+
+    embed_dim: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int | None = None
+    mlp_dim: int = 352
+    activation: str = "gelu"
+    dropout_rate: float = 0.0
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+    attention_block: int = 128
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise CalrecError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise CalrecError(f"embed_dim={self.embed_dim}: must divide by num_heads={self.num_heads}, or set head_dim")
+        if self.head_width % 2:
+            raise CalrecError(f"head_dim={self.head_width}: rotary embeddings need an even head_dim")
+        if self.activation not in ACTIVATIONS:
+            raise CalrecError(f"activation={self.activation!r}: must be one of {sorted(ACTIVATIONS)}")
+        if self.remat not in ("none", *REMAT_POLICIES):
+            raise CalrecError(f"remat={self.remat!r}: must be one of {['none', *sorted(REMAT_POLICIES)]}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise CalrecError(f"dtype={self.dtype!r}: must be 'float32' or 'bfloat16'")
+
+    @property
+    def head_width(self) -> int:
+        """C."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be restored: everything that shapes parameters or the function they compute."""
+        runtime = ("dropout_rate", "dtype", "remat", "attention_block")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in runtime}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale (Zhang & Sennrich, 2019), in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32
+        )
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """A weight and the einsum that applies it."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fan_in: int
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(self.scale / math.sqrt(self.fan_in))
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+        return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        c = self.config
+        d, h, g, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_dim
+        residual = 1.0 / math.sqrt(2 * c.num_layers)  # keeps the residual stream's variance flat in depth (GPT-2)
+        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_epsilon), RMSNorm(c.norm_epsilon)
+        self.query = Einsum((d, h, w), ("embed", "heads", "kv"), d)
+        self.key_value = Einsum((2, d, g, w), ("stack", "embed", "heads", "kv"), d)
+        self.output = Einsum((h, w, d), ("heads", "kv", "embed"), h * w, residual)
+        self.gate_up = Einsum((2, d, f), ("stack", "embed", "mlp"), d)
+        self.down = Einsum((f, d), ("mlp", "embed"), f, residual)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def __call__(self, x: jax.Array, cache: Any, context: dict[str, jax.Array], deterministic: bool, keep_kv: bool):
+        """Runs the block over a packed row, or over one step of N samples when `cache` holds (prefix, suffix) keys and values."""
+        normed = self.attention_norm(x)
+        query = self.query("...d,dhc->...hc", normed) * self.config.head_width**-0.5
+        key, value = self.key_value("...d,zdgc->z...gc", normed)
+        query = attention.apply_rope(query, context["sin"], context["cos"])
+        key = attention.apply_rope(key, context["sin"], context["cos"])
+        kv: Any = None
+        if cache is None:
+            mixed = attention.packed_attention(query, key, value, context["segment_ids"], self.config.attention_block)
+            kv = attention.decoding_layout(key, value) if keep_kv else None
+        else:
+            prefix, suffix = cache
+            step = context["step"]
+            suffix = tuple(
+                jax.lax.dynamic_update_index_in_dim(whole, new, step, axis=3)
+                for whole, new in zip(suffix, (key, value), strict=True)
+            )
+            written = jnp.arange(suffix[0].shape[3]) <= step
+            mixed = attention.shared_prefix_attention(query, prefix, context["prefix_mask"], suffix, written)
+            kv = suffix
+        x = x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic)
+        gate, up = self.gate_up("...d,zdf->z...f", self.mlp_norm(x))
+        hidden = ACTIVATIONS[self.config.activation](gate) * up
+        return x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic), kv
+
+
+class Transformer(nn.Module):
+    """The language model.
+
+    Attributes:
+      config: sizes.
+      vocab_size: V.
+    """
+
+    config: TransformerConfig
+    vocab_size: int
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0 / math.sqrt(c.embed_dim)), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab_size, c.embed_dim), jnp.float32)
+        self.embedding_dropout = nn.Dropout(c.dropout_rate)
+        block: Any = Block
+        if c.remat != "none":
+            # static_argnums counts self; deterministic and keep_kv are Python values.
+            block = nn.remat(
+                Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers, static_argnums=(4, 5)
+            )
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                length=c.num_layers,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layers = [block(c) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.norm_epsilon)
+
+    def _embed(self, tokens: jax.Array, deterministic: bool) -> jax.Array:
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype) * math.sqrt(self.config.embed_dim)
+        return self.embedding_dropout(x, deterministic=deterministic)
+
+    def _run(self, x: jax.Array, cache: Any, context: dict[str, jax.Array], deterministic: bool, keep_kv: bool):
+        """Runs all blocks; keys and values come and go as one pair a layer (None where they are not kept)."""
+        if self.config.scan_layers and cache is None:
+            x, stacked = self.layers(x, None, context, deterministic, keep_kv)
+            kv = tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.config.num_layers))
+            return self.final_norm(x), kv
+        kvs = []
+        for i, layer in enumerate(self._unrolled()):
+            x, kv = layer(x, None if cache is None else (cache[0][i], cache[1][i]), context, deterministic, keep_kv)
+            kvs.append(kv)
+        return self.final_norm(x), tuple(kvs)
+
+    def _unrolled(self) -> list[Callable[..., Any]]:
+        """The blocks one by one. A decoding step is never scanned: a scan would copy every layer's whole cache at each step."""
+        if not self.config.scan_layers:
+            return list(self.layers)
+        stacked = nn.meta.unbox(self.layers.variables["params"])
+        block = Block(self.config, parent=None)
+        return [
+            functools.partial(block.apply, {"params": jax.tree.map(lambda a, i=i: a[i], stacked)})
+            for i in range(self.config.num_layers)
+        ]
+
+    def _context(self, positions: jax.Array) -> dict[str, jax.Array]:
+        sin, cos = attention.rope_angles(positions, self.config.head_width, self.config.rope_base)
+        return {"sin": sin, "cos": cos}
+
+    def activations(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Last-layer hidden states after the final norm.
+
+        Args:
+          tokens, positions, segment_ids: [B, L] int32 of packed rows; segment 0 is padding.
+          deterministic: False switches dropout on (needs the "dropout" rng).
+
+        Returns:
+          [B, L, D] in `config.dtype`.
+        """
+        context = self._context(positions) | {"segment_ids": segment_ids}
+        return self._run(self._embed(tokens, deterministic), None, context, deterministic, False)[0]
+
+    def prefill(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, KeyValues]:
+        """`activations`, and each layer's keys [B, G, C, L] and values [B, G, L, C]: the prefix that `decode` reads."""
+        context = self._context(positions) | {"segment_ids": segment_ids}
+        return self._run(self._embed(tokens, True), None, context, True, True)
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        step: jax.Array,
+        prefix: KeyValues,
+        prefix_mask: jax.Array,
+        suffix: KeyValues,
+    ) -> tuple[jax.Array, KeyValues]:
+        """One step of N samples a user over the user's prefix.
+
+        Args:
+          tokens, positions: [B, N] int32, the token to read and its position in the joint segment.
+          step: scalar int32, where in the suffix this token's key and value go; places up to it are attended to.
+          prefix: what `prefill` gave, per layer keys [B, G, C, L] and values [B, G, L, C].
+          prefix_mask: [B, L] bool.
+          suffix: per layer keys and values [B, N, G, T, C]; see `empty_suffix`.
+
+        Returns:
+          hidden [B, N, D] and the suffix with this step written.
+        """
+        context = self._context(positions) | {"prefix_mask": prefix_mask, "step": step}
+        return self._run(self._embed(tokens, True), (prefix, suffix), context, True, True)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → [..., V] float32 by the tied embedding."""
+        return jnp.einsum(
+            "...d,vd->...v", hidden, self.embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Logits of every place, [B, L, V]; for initialisation and small uses."""
+        return self.logits(self.activations(tokens, positions, segment_ids))
+
+
+def empty_suffix(config: TransformerConfig, batch: int, samples: int, length: int) -> KeyValues:
+    """Zeroed suffix: per layer keys and values [B, N, G, T, C]."""
+    shape = (batch, samples, config.num_kv_heads, length, config.head_width)
+    return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))

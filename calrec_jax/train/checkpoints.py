@@ -1,0 +1,124 @@
+"""Checkpoints: orbax step folders, the latest and the best kept, and the facts that say what belongs together.
+
+A stage folder holds `checkpoints/<step>/` (orbax: state, and its metrics), `model.json` (written before step 0: sizes, template,
+tokenizer and dataset hashes) and, when the stage is done, `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from calrec_jax import artifacts
+from calrec_jax.errors import CalrecError
+from calrec_jax.models.transformer import TransformerConfig
+
+FACTS_FILE = "model.json"
+METRIC = "validation_loss"
+
+
+def manager(stage: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager over `stage/checkpoints`: asynchronous, latest and best by validation loss kept."""
+    policies = checkpoint_managers.preservation_policy
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(get_metric_fn=lambda m: -m[METRIC], n=1, keep_checkpoints_without_metrics=False),
+            ]
+        ),
+        best_fn=lambda m: -m[METRIC],
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        enable_async_checkpointing=not read_only,
+    )
+    handler = ocp.StandardCheckpointHandler()
+    return ocp.CheckpointManager((stage / "checkpoints").absolute(), options=options, item_handlers=handler)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, validation_loss: float | None) -> None:
+    """Starts saving a step; `checkpoints.wait_until_finished()` ends it."""
+    metrics = (
+        None if validation_loss is None or not math.isfinite(validation_loss) else {METRIC: float(validation_loss)}
+    )
+    with artifacts.disk_errors(checkpoints.directory):
+        checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
+    """A saved state in the layout (shapes, types, shardings) of `state`, whatever layout wrote it.
+
+    Raises:
+      CalrecError: the folder's arrays have other names or shapes.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CalrecError(
+            f"{checkpoints.directory}/{step}: cannot be restored ({str(error).splitlines()[0]}); "
+            "delete that step's folder to resume from an earlier one, or the stage's folder to train again"
+        ) from error
+
+
+def write_facts(stage: Path, config: TransformerConfig, facts: dict[str, Any]) -> None:
+    """Writes what a later step must know before it reads the arrays."""
+    artifacts.write_json(stage / FACTS_FILE, {"model": dataclasses.asdict(config), **facts})
+
+
+def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
+    """Reads `write_facts`' file.
+
+    Raises:
+      CalrecError: no trained stage there, or written by another version.
+    """
+    path = Path(stage) / FACTS_FILE
+    if not path.is_file():
+        raise CalrecError(f"{stage}: no trained stage there ({FACTS_FILE} is missing); run `calrec train` first")
+    facts = artifacts.read_json(path)
+    sizes = facts.pop("model", None)
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if not isinstance(sizes, dict) or set(sizes) != names:
+        raise CalrecError(f"{path}: its model settings are not this version's; train the stage again")
+    return TransformerConfig(**sizes), facts
+
+
+def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[TransformerConfig, Any, dict[str, Any]]:
+    """Parameters of a trained stage, on this process's default device.
+
+    Args:
+      stage: folder of a stage, e.g. RUN/stage2.
+      which: "best" (by validation loss) or "latest".
+
+    Returns:
+      (config, params, facts); facts has vocab_size, tokenizer, template, datasets, max_history_tokens, max_target_tokens,
+      and "step", the one that was read, and "hash", which names these parameters.
+
+    Raises:
+      CalrecError: nothing there, not finished, or damaged.
+    """
+    stage = Path(stage)
+    config, facts = read_facts(stage)
+    manifest = artifacts.read_manifest(stage, kind="checkpoint")
+    with manager(stage, read_only=True) as checkpoints:
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        if step is None:
+            step = checkpoints.latest_step()
+        if step is None:
+            raise CalrecError(f"{stage}/checkpoints: no whole checkpoint there; run `calrec train` again")
+        try:
+            tree = checkpoints.item_metadata(step).tree
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
+            restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+            raise CalrecError(
+                f"{stage}/checkpoints/{step}: cannot be read ({str(error).splitlines()[0]}); delete {stage} and train again"
+            ) from error
+    return config, restored["params"], facts | {"step": step, "hash": artifacts.hash_json([manifest["hash"], step])}

@@ -1,0 +1,167 @@
+"""The pure training step, and where its arrays lie on the devices.
+
+`train_step(state, batch) -> (state, metrics)` is jitted once with the state donated and explicit shardings over a mesh
+(replica, data, fsdp, model). Metrics are sums with their weights; nothing is divided before it is reported, so means over
+devices, batches and log windows are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from calrec_jax.errors import CalrecError
+from calrec_jax.losses import LossConfig, calrec_loss
+from calrec_jax.models.transformer import Transformer
+
+MESH_AXES = ("replica", "data", "fsdp", "model")
+# T5X's logical names → mesh axes.
+LOGICAL_RULES = (
+    ("batch", ("replica", "data", "fsdp")),
+    ("vocab", "model"),
+    ("embed", "fsdp"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("kv", None),
+    ("layers", None),
+    ("stack", None),
+    ("length", None),
+)
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds: step (scalar int32, also the data position), parameters, optimiser state."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
+    """A mesh over all devices; by default all of them on the "data" axis.
+
+    Args:
+      shape: sizes of (replica, data, fsdp, model).
+
+    Raises:
+      CalrecError: the shape does not cover the devices.
+    """
+    devices = jax.devices()
+    shape = tuple(shape) if shape else (1, len(devices), 1, 1)
+    if len(shape) != len(MESH_AXES) or int(np.prod(shape)) != len(devices):
+        raise CalrecError(f"mesh_shape={shape}: must be {MESH_AXES} sizes whose product is the {len(devices)} devices")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every axis but "model"."""
+    return NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp")))
+
+
+def init_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> tuple[TrainState, Any]:
+    """A fresh state laid out over the mesh, and its shardings.
+
+    Parameters are initialised from `seed` alone: the same on any mesh.
+    """
+
+    def create(key: jax.Array) -> TrainState:
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        params = model.init(key, tokens, tokens, tokens + 1)["params"]
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    key = jax.random.key(seed)
+    boxed = jax.eval_shape(create, key)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES)
+    state = jax.jit(lambda k: nn.unbox(create(k)), out_shardings=nn.unbox(shardings))(key)
+    return state, nn.unbox(shardings)
+
+
+def make_train_step(
+    model: Transformer,
+    loss_config: LossConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    state_shardings: Any,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Builds the jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    A step whose loss or gradient is not finite leaves parameters and optimiser as they were and counts in "skipped".
+    """
+    dropout = model.config.dropout_rate > 0
+
+    def loss_of(params: Any, batch: dict[str, jax.Array], step: jax.Array):
+        rngs = {"dropout": jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)} if dropout else {}
+        hidden = model.apply(
+            {"params": params},
+            batch["decoder_input_tokens"],
+            batch["decoder_positions"],
+            batch["decoder_segment_ids"],
+            deterministic=not dropout,
+            rngs=rngs,
+            method="activations",
+        )
+        return calrec_loss(hidden, params["embedding"], batch, loss_config)
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch, state.step)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        one = jnp.ones((), jnp.float32)
+        metrics = {k: jnp.where(finite, v, jnp.zeros_like(v)) for k, v in metrics.items()}
+        metrics |= {"gradient_norm": jnp.where(finite, norm, 0.0), "gradient_norm_weight": finite.astype(jnp.float32)}
+        return new, metrics | {"skipped": (~finite).astype(jnp.float32), "skipped_weight": one}
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated),
+    )
+
+
+def make_eval_step(
+    model: Transformer, loss_config: LossConfig, mesh: Mesh
+) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
+    """Builds the jitted `eval_step(params, batch) -> metrics`, without dropout."""
+
+    def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
+        hidden = model.apply(
+            {"params": params},
+            batch["decoder_input_tokens"],
+            batch["decoder_positions"],
+            batch["decoder_segment_ids"],
+            method="activations",
+        )
+        return calrec_loss(hidden, params["embedding"], batch, loss_config)[1]
+
+    return jax.jit(
+        eval_step, in_shardings=(None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def averages(sums: dict[str, float]) -> dict[str, float]:
+    """Divides each metric's sum by its weight; a metric of weight 0 is left out."""
+    names = [k for k in sums if f"{k}_weight" in sums]
+    return {k: float(sums[k] / sums[f"{k}_weight"]) for k in names if sums[f"{k}_weight"] > 0}
