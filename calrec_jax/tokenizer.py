@@ -30,6 +30,7 @@ _SPECIAL_PIECES = 3
 _BYTE_PIECES = 256
 _SPACE = "▁"  # what SentencePiece writes for a space
 _REPLACEMENT = "\ufffd"
+_AGAIN = "Delete the folder and run `calrec vocab` again."
 
 _log = logging.getLogger(__name__)
 
@@ -164,13 +165,9 @@ class Tokenizer:
         try:
             tokenizer = cls((folder / MODEL_FILE).read_bytes())
         except OSError as error:
-            raise CalrecError(
-                f"{folder / MODEL_FILE} cannot be read ({error.strerror}). Delete {folder} and run `calrec vocab` again."
-            ) from error
+            raise CalrecError(f"{folder / MODEL_FILE} cannot be read ({error.strerror}). {_AGAIN}") from error
         if tokenizer.fingerprint != manifest["fingerprint"]:
-            raise CalrecError(
-                f"{folder / MODEL_FILE} is not the model its manifest names. Delete {folder} and run `calrec vocab` again."
-            )
+            raise CalrecError(f"{folder / MODEL_FILE} is not the model its manifest names. {_AGAIN}")
         return tokenizer
 
 

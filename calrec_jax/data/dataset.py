@@ -160,7 +160,7 @@ def _sequence_arrays(folder: Path, items: pa.Table, sequences: pa.Table) -> dict
     if index.null_count:
         unknown = flat.filter(pc.is_null(index))[0].as_py()
         raise CalrecError(
-            f"{path} names item {unknown!r}, which is not in {ITEMS_FILE} beside it ({index.null_count} such purchases): "
+            f"{path} names item {unknown!r}, which is not in {ITEMS_FILE} ({index.null_count} such purchases): "
             f"the two files belong to different datasets. {_AGAIN}"
         )
     valid = sequences["valid_position"].to_numpy().astype(np.int32)

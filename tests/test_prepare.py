@@ -1,0 +1,319 @@
+"""Prepare: the Ibis rules against plain Python, the card's arithmetic, resuming, and what is refused."""
+
+import collections
+import gzip
+import itertools
+import json
+import os
+import statistics as stdlib_statistics
+from pathlib import Path
+
+import ibis
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calrec_jax import artifacts
+from calrec_jax.data import prepare as prepare_lib
+from calrec_jax.data import readers
+from calrec_jax.data.dataset import Dataset
+from calrec_jax.data.prepare import prepare
+from calrec_jax.data.templates import ATTRIBUTES, Template
+from calrec_jax.errors import CalrecError
+
+# Few users, items and times, so that duplicates, repeats and ties are common. The order of the list is the file's.
+LOGS = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.integers(0, 3)), min_size=1, max_size=25)
+
+
+def reference(log, remove_repeats, min_length):
+    """What prepare should do, row by row: user to [(time, line, item)], and the counts after each rule."""
+    counts = [len(log)]
+    seen, users = set(), collections.defaultdict(list)
+    for line, (user, item, time) in enumerate(log, start=1):
+        if (user, item, time) not in seen:
+            seen.add((user, item, time))
+            users[user].append((time, line, item))
+    counts.append(len(seen))
+    for user in users:
+        users[user].sort()
+        if remove_repeats:
+            rows = users[user]
+            users[user] = [row for i, row in enumerate(rows) if i == 0 or row[2] != rows[i - 1][2]]
+    if remove_repeats:
+        counts.append(sum(map(len, users.values())))
+    kept = {user: rows for user, rows in users.items() if len(rows) >= min_length}
+    return kept, [*counts, sum(map(len, kept.values()))]
+
+
+def interactions(log, stretch=1):
+    columns = zip(*((user, item, time * stretch, line) for line, (user, item, time) in enumerate(log, 1)), strict=True)
+    return ibis.memtable(pa.table([list(column) for column in columns], schema=readers.INTERACTIONS_SCHEMA))
+
+
+@given(LOGS, st.booleans(), st.integers(3, 4))
+@settings(deadline=None, max_examples=12)
+def test_rules_and_sequences_equal_the_reference(log, remove_repeats, min_length):
+    table = prepare_lib.drop_duplicates(interactions(log))
+    if remove_repeats:
+        table = prepare_lib.drop_consecutive_repeats(table)
+    table = prepare_lib.drop_short(table, min_length)
+    expected, _ = reference(log, remove_repeats, min_length)
+    rows = {row["user_id"]: row for row in prepare_lib.split_sequences(table).to_pyarrow().to_pylist()}
+    assert rows.keys() == expected.keys()
+    for user, purchases in expected.items():
+        assert rows[user]["item_ids"] == [item for _, _, item in purchases], log
+        assert rows[user]["timestamps"] == [time for time, _, _ in purchases]
+        assert (rows[user]["valid_position"], rows[user]["test_position"]) == (len(purchases) - 2, len(purchases) - 1)
+
+
+@given(LOGS, st.sampled_from([1, 50_000]))
+@settings(deadline=None, max_examples=8)
+def test_statistics_equal_the_reference(log, stretch):
+    users, _ = reference(log, remove_repeats=False, min_length=1)
+    users = {user: [(time * stretch, line, item) for time, line, item in rows] for user, rows in users.items()}
+    stats = prepare_lib.statistics(prepare_lib.drop_duplicates(interactions(log, stretch))).to_pyarrow().to_pylist()[0]
+    lengths = [len(rows) for rows in users.values()]
+    pairs = [pair for rows in users.values() for pair in itertools.pairwise(rows)]
+    last = [pair for rows in users.values() for pair in list(itertools.pairwise(rows))[-1:]]
+    times = [time for rows in users.values() for time, _, _ in rows]
+
+    def is_repeat(rows, i):
+        return rows[i][2] in {item for _, _, item in rows[:i]}
+
+    assert stats == {
+        "users": len(users),
+        "items": len({item for rows in users.values() for _, _, item in rows}),
+        "interactions": sum(lengths),
+        "first_time": min(times),
+        "last_time": max(times),
+        "length_min": min(lengths),
+        "length_median": stdlib_statistics.median(lengths),
+        "length_mean": stdlib_statistics.fmean(lengths),
+        "length_max": max(lengths),
+        "repeats": sum(is_repeat(rows, i) for rows in users.values() for i in range(len(rows))),
+        "consecutive_repeats": sum(first[2] == second[2] for first, second in pairs),
+        "tied": sum(first[0] == second[0] for first, second in pairs),
+        "tied_test_targets": sum(first[0] == second[0] for first, second in last),
+        "same_day_test_targets": sum(first[0] // 86_400 == second[0] // 86_400 for first, second in last),
+        "repeated_test_targets": sum(is_repeat(rows, len(rows) - 1) for rows in users.values()),
+    }, log
+
+
+def test_the_same_expressions_compile_for_spark():
+    table = ibis.table(ibis.Schema.from_pyarrow(readers.INTERACTIONS_SCHEMA), name="interactions")
+    kept = prepare_lib.drop_short(prepare_lib.drop_consecutive_repeats(prepare_lib.drop_duplicates(table)), 3)
+    for expression in (prepare_lib.split_sequences(kept), prepare_lib.statistics(kept)):
+        assert "`interactions`" in ibis.to_sql(expression, dialect="pyspark")
+
+
+LOG = [
+    *[("u1", f"i{k}", 10) for k in (3, 1, 2, 0)],  # one day: the order is the file's
+    *[("u2", f"i{k}", 20 + t) for t, k in enumerate((0, 0, 1, 2, 2, 0))],
+    ("u3", "i4", 1),  # too short
+    ("u3", "i5", 2),
+    ("u1", "i1", 10),  # an exact duplicate
+]
+ITEMS = [
+    {"asin": f"i{k}", "title": f"Thing {k}", "category": ["Shop", "Things"], "brand": "Acme", "price": f"${k}"}
+    for k in (0, 1, 2, 3, 4, 9)
+]
+
+
+def write_json_lines(path, rows):
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path):
+    reviews = [{"reviewerID": user, "asin": item, "unixReviewTime": time} for user, item, time in LOG]
+    return {
+        "name": "toy",
+        "reviews": write_json_lines(tmp_path / "X_5.json.gz", reviews),
+        "metadata": write_json_lines(tmp_path / "meta_X.json.gz", ITEMS),
+    }
+
+
+def names(dataset, user):
+    return dataset.item_ids[dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]].tolist()
+
+
+def test_prepare_end_to_end(tmp_path, raw):
+    dataset = prepare(tmp_path / "d", **raw)
+    assert dataset.user_ids.tolist() == ["u1", "u2"]
+    assert names(dataset, 0) == ["i3", "i1", "i2", "i0"] and names(dataset, 1) == ["i0", "i1", "i2", "i0"]
+    assert dataset.item_ids.tolist() == ["i0", "i1", "i2", "i3", "i4", "i5", "i9"]
+    assert dataset.texts[1] == "Title: Thing 1. Category: Shop, Things. Brand: Acme. Price: $1."
+    assert dataset.texts[5] == "Title: Unknown. Category: Unknown. Brand: Unknown. Price: Unknown."
+    card = dataset.card
+    keys = ("interactions_in", "interactions_out", "users_in", "users_out")
+    assert [(rule["rule"], *(rule[key] for key in keys)) for rule in card["rules"]] == [
+        ("read", 13, 13, 3, 3),
+        ("exact duplicates of user, item and time", 13, 12, 3, 3),
+        ("consecutive repeats of an item", 12, 10, 3, 3),
+        ("users with fewer than 3 purchases", 10, 8, 3, 2),
+    ]
+    assert card["catalogue"] == {
+        "items": 7,
+        "bought": 6,
+        "unbought_in_metadata": 1,
+        "unbought_kept": True,
+        "without_metadata": 1,
+        "absent": dict.fromkeys(ATTRIBUTES, 1),
+        "without_any_attribute": {"count": 1, "first": ["i5"]},
+    }
+    assert card["lines"]["reviews"]["lines"] == card["lines"]["reviews"]["kept"] == card["rules"][0]["interactions_in"]
+    assert card["sources"]["metadata"] == {
+        "file": "meta_X.json.gz",
+        "sha256": artifacts.hash_file(raw["metadata"]),
+    }
+    assert card["statistics"]["tied_test_targets_share"] == 0.5 and card["statistics"]["first_day"] == "1970-01-01"
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        "data_card.json",
+        "items.parquet",
+        "manifest.json",
+        "quarantine.jsonl",
+        "sequences.parquet",
+    ]
+    assert not list(tmp_path.glob("*.quarantine.jsonl"))
+
+
+def test_settings_do_what_they_say(tmp_path, raw):
+    whole = prepare(tmp_path / "a", **raw, remove_consecutive_repeats=False, keep_unbought_items=False)
+    assert names(whole, 1) == ["i0", "i0", "i1", "i2", "i2", "i0"]
+    assert whole.item_ids.tolist() == ["i0", "i1", "i2", "i3", "i4", "i5"]
+    assert [rule["interactions_out"] for rule in whole.card["rules"]] == [13, 12, 10]
+    longer = prepare(tmp_path / "b", **raw, remove_consecutive_repeats=False, min_length=5)
+    assert longer.user_ids.tolist() == ["u2"]
+    titles = prepare(tmp_path / "c", **raw, template=Template(("title",)))
+    assert titles.texts[0] == "Title: Thing 0." and titles.template == Template(("title",)).fingerprint
+
+
+@given(LOGS, st.booleans())
+@settings(deadline=None, max_examples=6)
+def test_the_cards_rules_add_up(tmp_path_factory, log, remove_repeats):
+    folder = tmp_path_factory.mktemp("x")
+    reviews = [{"reviewerID": user, "asin": item, "unixReviewTime": time} for user, item, time in log]
+    raw = {
+        "reviews": write_json_lines(folder / "X.json.gz", reviews),
+        "metadata": write_json_lines(folder / "meta_X.json.gz", [{"asin": item} for item in "xyz"]),
+    }
+    kept, counts = reference(log, remove_repeats, 3)
+    if not kept:
+        with pytest.raises(CalrecError, match="too small to split"):
+            prepare(folder / "d", name="x", **raw, remove_consecutive_repeats=remove_repeats)
+        return
+    card = prepare(folder / "d", name="x", **raw, remove_consecutive_repeats=remove_repeats).card
+    assert [rule["interactions_out"] for rule in card["rules"]] == counts
+    for before, after in zip(card["rules"], card["rules"][1:], strict=False):
+        assert (before["interactions_out"], before["users_out"]) == (after["interactions_in"], after["users_in"])
+    assert card["statistics"]["interactions"] == counts[-1]
+
+
+def test_run_again_skips_and_another_setting_is_refused(tmp_path, raw):
+    first = prepare(tmp_path / "d", **raw)
+    stamp = (tmp_path / "d" / "items.parquet").stat().st_mtime_ns
+    assert prepare(tmp_path / "d", **raw).hash == first.hash
+    assert (tmp_path / "d" / "items.parquet").stat().st_mtime_ns == stamp
+    with pytest.raises(CalrecError, match="setting min_length"):
+        prepare(tmp_path / "d", **raw, min_length=4)
+    with pytest.raises(CalrecError, match="made from another template"):
+        prepare(tmp_path / "d", **raw, template=Template(("title",)))
+    write_json_lines(raw["metadata"], ITEMS[:-1])
+    with pytest.raises(CalrecError, match="made from another metadata"):
+        prepare(tmp_path / "d", **raw)
+
+
+def test_same_input_same_bytes(tmp_path, raw):
+    prepare(tmp_path / "a", **raw)
+    prepare(tmp_path / "b", **raw)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_half_written_folder_is_made_again_but_nothing_else_removed(tmp_path, raw):
+    prepare(tmp_path / "d", **raw)
+    (tmp_path / "d" / "manifest.json").unlink()
+    (tmp_path / "d" / "items.parquet").write_bytes(b"half")
+    assert len(prepare(tmp_path / "d", **raw).item_ids) == 7
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").write_text("precious")
+    with pytest.raises(CalrecError, match="own exists and is not a dataset"):
+        prepare(tmp_path / "own", **raw)
+    assert (tmp_path / "own" / "thesis.txt").read_text() == "precious"
+
+
+def test_metadata_of_another_category(tmp_path, raw):
+    write_json_lines(raw["metadata"], [{"asin": "other", "title": "Other"}])
+    with pytest.raises(CalrecError, match=r"No item of meta_X\.json\.gz is in X_5\.json\.gz.*prepare\.metadata"):
+        prepare(tmp_path / "d", **raw)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_category_too_small_to_split(tmp_path, raw):
+    with pytest.raises(CalrecError, match=r"toy is too small to split: no user has 50.*3 users, 13 interactions"):
+        prepare(tmp_path / "d", **raw, min_length=50)
+    assert not (tmp_path / "d").exists() and not list(tmp_path.glob("*.quarantine.jsonl"))
+
+
+def test_bad_lines_are_kept_for_the_user(tmp_path, raw):
+    reviews = gzip.decompress(raw["reviews"].read_bytes())
+    raw["reviews"].write_bytes(gzip.compress(reviews + b"{\n"))
+    with pytest.raises(CalrecError, match=r"1 of 14 lines.*d\.quarantine\.jsonl"):
+        prepare(tmp_path / "d", **raw)
+    assert json.loads((tmp_path / "d.quarantine.jsonl").read_text())["line"] == 14
+    dataset = prepare(tmp_path / "d", **raw, max_bad_share=0.1)
+    assert dataset.card["lines"]["reviews"]["quarantined"] == {"not JSON": 1}
+    assert json.loads((tmp_path / "d" / "quarantine.jsonl").read_text())["reason"] == "not JSON"
+    assert not (tmp_path / "d.quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, r"prepare\.name='a/b'"),
+        ({"layout": "1999"}, r"prepare\.layout='1999': one of \['2018'\]"),
+        ({"min_length": 2}, r"prepare\.min_length=2: at least 3"),
+        ({"max_bad_share": 1.5}, r"prepare\.max_bad_share=1\.5"),
+        ({"reviews": Path("nowhere.json.gz")}, r"nowhere\.json\.gz does not exist"),
+        ({"metadata": Path()}, "is a folder"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, raw, change, message):
+    with pytest.raises(CalrecError, match=message):
+        prepare(tmp_path / "d", **{**raw, **change})
+    assert not (tmp_path / "d").exists()
+
+
+def test_no_space_left(tmp_path, raw, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calrec_jax.data.dataset.pq.write_table", full)
+    with pytest.raises(CalrecError, match="no space left to write in"):
+        prepare(tmp_path / "d", **raw)
+    assert not (tmp_path / "d").exists()
+
+
+SHARED = Path(os.environ.get("CALREC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.mark.skipif(
+    not (SHARED / "2018").is_dir(), reason=f"real data not there: {SHARED / '2018'} (CALREC_SHARED_DATA)"
+)
+@pytest.mark.parametrize(
+    ("category", "settings", "users", "items", "interactions"),
+    [
+        ("Industrial_and_Scientific", {"remove_consecutive_repeats": False}, 8442, 4385, 59427),
+        # 59,286 after the repeats; one user has a single purchase left and cannot be split.
+        ("Industrial_and_Scientific", {}, 8441, 4385, 59285),
+        ("Office_Products", {"remove_consecutive_repeats": False}, 3231, 3459, 22447),
+        ("Gift_Cards", {"remove_consecutive_repeats": False, "keep_unbought_items": False}, 458, 148, 2969),
+    ],
+)
+def test_real_categories_have_the_known_counts(tmp_path, category, settings, users, items, interactions):
+    files = (SHARED / "2018" / f"{category}_5.json.gz", SHARED / "2018" / f"meta_{category}.json.gz")
+    dataset = prepare(tmp_path / "d", name=category, reviews=files[0], metadata=files[1], **settings)
+    assert (len(dataset.user_ids), len(dataset.item_ids), len(dataset.items)) == (users, items, interactions)
+    assert Dataset.load(tmp_path / "d").hash == dataset.hash
