@@ -251,6 +251,19 @@ def _sentences(datasets: Sequence[Dataset], template: templates.Template) -> Ite
             yield [sentences[i] for i in keep]
 
 
+def _made_from(datasets: Sequence[Dataset], template: templates.Template) -> dict[str, str]:
+    """Role to hash of the inputs; a CalrecError if they do not belong together."""
+    made_from = {"template": template.fingerprint}
+    for dataset in datasets:
+        if dataset.template != template.fingerprint:
+            raise CalrecError(f"Dataset {dataset.name!r} was made with another template. Run `calrec prepare` again.")
+        role = f"dataset/{dataset.name}"
+        if role in made_from:
+            raise CalrecError(f"vocab: two datasets are named {dataset.name!r}; give each its own name.")
+        made_from[role] = dataset.hash
+    return made_from
+
+
 @gin.configurable("vocab")
 def make_tokenizer(
     out: str | Path,
@@ -282,16 +295,7 @@ def make_tokenizer(
         raise CalrecError("vocab needs at least one dataset.")
     if whole_sentences_min_count < 0:
         raise CalrecError(f"vocab.whole_sentences_min_count={whole_sentences_min_count}: 0 (off) or a count.")
-    made_from = {"template": template.fingerprint}
-    for dataset in datasets:
-        if dataset.template != template.fingerprint:
-            raise CalrecError(
-                f"Dataset {dataset.name!r} was made with another template. Prepare it again with this one."
-            )
-        role = f"dataset/{dataset.name}"
-        if role in made_from:
-            raise CalrecError(f"vocab: two datasets are named {dataset.name!r}; give each its own name.")
-        made_from[role] = dataset.hash
+    made_from = _made_from(datasets, template)
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "whole_sentences_min_count": whole_sentences_min_count,
