@@ -1,4 +1,4 @@
-"""Packaging of calrec_jax. Tool settings live in pyproject.toml; why each dependency is here, in docs/dependencies.md."""
+"""Packaging of calrec_jax. Settings of tools are in pyproject.toml; why a dependency is here: docs/dependencies.md."""
 
 import pathlib
 
@@ -8,7 +8,6 @@ HERE = pathlib.Path(__file__).parent
 VERSION = "0.1.0"
 
 INSTALL_REQUIRES = [
-    "absl-py",
     "bm25s>=0.3",
     "flax>=0.12",
     "gin-config",
@@ -20,11 +19,10 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.11",
     "pyarrow>=17",
     "rich",
-    "sentencepiece>=0.2",
+    "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
     "seqio>=0.0.20",
     "tensorboardX",
     "tensorflow>=2.20",
-    "tensorflow-text>=2.20",
 ]
 
 EXTRAS = {
@@ -35,16 +33,16 @@ EXTRAS = {
     "beam": ["apache-beam"],
     "lora": ["qwix"],
     "export": ["orbax-export"],
-    # T5X is not released to a package index; docs/architecture.md says how it is installed.
+    # Not in a package index; it comes from git and is not in constraints.txt.
     "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
     "test": [
-        "build",
         "hypothesis",
         "mypy",
         "pytest",
         "pytest-cov",
         "pytest-xdist",
         "ruff",
+        "setuptools>=77",
         "tensorboard",
     ],
     "bench": ["torch", "transformers"],

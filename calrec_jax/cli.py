@@ -45,13 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status: 0; 1 for a mistake that the user can mend, printed as `calrec: error: …`; 130 after Ctrl-C.
     """
     try:
-        arguments, bindings = _parse(argv)
+        arguments = _parse(argv)
         if argv is None and arguments.verb in _COMPUTING:
             _set_allocator()
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        _run(arguments, bindings)
+        _run(arguments)
     except CalrecError as error:
-        print(f"calrec: error: {error}", file=sys.stderr)
+        message = str(error).split("\n  In call to configurable")[0]  # where gin was when it passed the error on
+        print(f"calrec: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ncalrec: interrupted; running the same command again resumes", file=sys.stderr)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, bindings: list[str]) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     from calrec_jax import artifacts, config
 
     if arguments.verb == "quickstart":
@@ -72,6 +73,7 @@ def _run(arguments: argparse.Namespace, bindings: list[str]) -> None:
         arguments.run_dir = arguments.run_dir or quickstart.RUN_DIR
     if not arguments.gin_file:
         raise CalrecError(f"--gin_file is missing, for example: {_VERBS[arguments.verb].example}")
+    bindings = arguments.bindings
     if arguments.run_dir is not None:
         bindings = [*bindings, f"RUN_DIR={os.path.expanduser(arguments.run_dir)!r}"]
     if getattr(arguments, "split", None):
@@ -150,14 +152,13 @@ def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
 
 
 def _say_next(line: Line, arguments: argparse.Namespace) -> None:
-    files = " ".join(f"--gin_file={shlex.quote(file)}" for file in arguments.gin_file)
-    folder = shlex.quote(line.run_dir)
     if line.split == "test":
+        files = [f"--gin_file={file}" for file in arguments.gin_file]
+        bindings = [f"--gin.{binding}" for binding in arguments.bindings]
         print("Next, the same model on the validation split, where settings are chosen:")
-        print(f"  calrec run {files} --run_dir={folder} --split=validation")
-    else:
-        print("Next, the learning curves:")
-        print(f"  tensorboard --logdir={folder}")
+        print(
+            f"  {shlex.join(['calrec', 'run', *files, *bindings, f'--run_dir={line.run_dir}', '--split=validation'])}"
+        )
 
 
 class _Verb:
@@ -201,8 +202,8 @@ _VERBS = {
 }
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the bindings of the flags `--gin.NAME=value`, which argparse has no notion of."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `bindings` are the flags `--gin.NAME=value`, which argparse has no notion of."""
     given = list(sys.argv[1:] if argv is None else argv)
     bindings = [argument.removeprefix("--gin.") for argument in given if argument.startswith("--gin.")]
     for binding in bindings:
@@ -210,7 +211,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
             raise CalrecError(f"--gin.{binding} has no value; write --gin.NAME=value in one piece")
     parser = _parser()
     arguments = parser.parse_args([argument for argument in given if not argument.startswith("--gin.")])
-    return arguments, bindings
+    arguments.bindings = bindings
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -195,7 +195,7 @@ class Line:
         ]
 
     def run(self) -> None:
-        """Runs the line and prints the report's table, what was made, and the seconds of each step."""
+        """Runs the line, which ends in the report's table, and prints what was made and the seconds of each step."""
         for step in self.steps():
             step()
         print_summary(self.layout, self.split)
@@ -225,6 +225,10 @@ class Line:
         start = time.monotonic()
         try:
             yield
+        except RuntimeError as error:
+            if "Required bindings" not in str(error):  # gin's words
+                raise
+            raise CalrecError(f"the gin files leave a setting unset that has no default: {error}") from error
         finally:
             seconds = time.monotonic() - start
             if not was_complete:
@@ -234,9 +238,17 @@ class Line:
         )
 
     def _add_seconds(self, name: str, seconds: float) -> None:
-        timing = artifacts.read_json(self.layout.timing) if self.layout.timing.exists() else {}
-        timing[name] = round(timing.get(name, 0.0) + seconds, 3)
-        artifacts.write_json(self.layout.timing, timing)
+        before = _read_seconds(self.layout)
+        timing = {**before, name: before.get(name, 0.0) + seconds}
+        steps = [{"step": step, "seconds": round(value, 3)} for step, value in timing.items()]
+        artifacts.write_json(self.layout.timing, {"steps": steps, "seconds": round(sum(timing.values()), 3)})
+
+
+def _read_seconds(layout: RunLayout) -> dict[str, float]:
+    """Seconds of each step so far, in the order in which the steps were first run."""
+    if not layout.timing.exists():
+        return {}
+    return {step["step"]: step["seconds"] for step in artifacts.read_json(layout.timing)["steps"]}
 
 
 @functools.lru_cache(maxsize=4)
@@ -254,36 +266,10 @@ def _load_dataset(folder: pathlib.Path) -> Dataset:
 
 
 def print_summary(layout: RunLayout, split: str) -> None:
-    """Prints the table of the report, the paths of what the run made, and the seconds of each step."""
-    import rich.console
-    import rich.table
-
-    report = artifacts.read_json(layout.report(split) / "metrics.json")
-    columns = ("recall@1", "recall@10", "ndcg@10", "mrr")
-    table = rich.table.Table(
-        "ranking",
-        *columns,
-        title=f"{report['dataset']}, {split}: {report['users']:,} users, {report['items']:,} items, all ranked",
-    )
-    for row in report["rows"]:
-        values = [_cell(row, column) for column in columns]
-        table.add_row(
-            row["name"],
-            *values,
-            style="bold" if row["kind"] == "calrec" else "dim" if row["kind"] == "oracle" else None,
-        )
-    rich.console.Console().print(table)
+    """Prints the paths of what the run made and the seconds of each step; the table is `evaluate`'s."""
     made = [layout.root / "datasets", layout.tokenizer, layout.stage("stage1"), layout.stage("stage2")]
     made += [layout.root / "completions", layout.root / "rankings", layout.report(split) / "report.html"]
     print("Made:", *(f"  {path}" for path in made if path.exists()), sep="\n")
-    timing = artifacts.read_json(layout.timing) if layout.timing.exists() else {}
+    timing = _read_seconds(layout)
     print("Seconds:", *(f"  {seconds:9.1f}  {name}" for name, seconds in timing.items()), sep="\n")
     print(f"  {sum(timing.values()):9.1f}  in all", flush=True)
-
-
-def _cell(row: Mapping[str, Any], column: str) -> str:
-    value = row["metrics"].get(column)
-    if value is None:
-        return "–"
-    low_high = (row.get("interval") or {}).get(column)
-    return f"{value:.4f}" + (f" [{low_high[0]:.4f}, {low_high[1]:.4f}]" if low_high and column == "ndcg@10" else "")

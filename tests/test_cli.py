@@ -96,10 +96,8 @@ def test_unknown_options_are_refused(capsys):
 
 
 def test_bindings_are_taken_out_of_the_arguments():
-    arguments, bindings = cli._parse(
-        ["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"]
-    )
-    assert bindings == ["A=1", "stage1/train.steps=2"]
+    arguments = cli._parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
+    assert arguments.bindings == ["A=1", "stage1/train.steps=2"]
     assert arguments.gin_file == ["x.gin", "y.gin"]
 
 

@@ -1,0 +1,256 @@
+"""The line's wiring: which step gets what, what is skipped, what is timed. The rooms are recorded, not run."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import types
+
+import gin
+import pytest
+
+from calrec_jax import artifacts, config, pipeline
+from calrec_jax.errors import CalrecError
+from calrec_jax.layout import RunLayout
+from calrec_jax.pipeline import Line
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Stands for every room: writes a manifest as they do, and notes what it was given."""
+
+    calls: list = dataclasses.field(default_factory=list)
+    skipped: list = dataclasses.field(default_factory=list)
+    fail_at: str | None = None
+
+    def room(self, verb):
+        def step(out, *inputs, **settings):
+            if self.fail_at == verb:
+                raise KeyboardInterrupt
+            self.calls.append((verb, out, inputs, settings, gin.config.current_scope_str() if verb else None))
+            if artifacts.is_done(out, kind=verb, made_from={}, settings={}):
+                self.skipped.append(out)
+            else:
+                artifacts.write_manifest(out, kind=verb, made_from={}, settings={})
+
+        return step
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    recorder = Recorder()
+
+    def module(name, **members):
+        monkeypatch.setitem(sys.modules, f"calrec_jax.{name}", types.SimpleNamespace(**members))
+
+    class Loaded:
+        load = staticmethod(lambda folder: f"read {folder}")
+
+    module("data.prepare", prepare=recorder.room("prepare"))
+    module("data.templates", Template=lambda: "template")
+    module("data.dataset", Dataset=Loaded)
+    module("tokenizer", make_tokenizer=recorder.room("vocab"), Tokenizer=Loaded)
+    module("train.loop", train=recorder.room("train"))
+    module("decode.run", decode=recorder.room("decode"))
+    module("rank.run", rank=recorder.room("rank"))
+    module("evaluate.run", evaluate=recorder.room("evaluate"))
+    pipeline._load_dataset_cached.cache_clear()
+    yield recorder
+    pipeline._load_dataset_cached.cache_clear()
+
+
+@pytest.fixture
+def line(tmp_path):
+    return Line(
+        run_dir=str(tmp_path / "run"),
+        target="Toys",
+        categories=("Toys", "Games"),
+        decodes=("sample", "beam"),
+        rankings={"calrec": "sample", "beam": "beam", "blend": None},
+    )
+
+
+def test_the_whole_line(rooms, line, capsys):
+    line.run()
+    root = RunLayout(pathlib.Path(line.run_dir))
+    assert [(verb, str(out.relative_to(root.root)), scope) for verb, out, _, _, scope in rooms.calls] == [
+        ("prepare", "datasets/Toys", ""),
+        ("prepare", "datasets/Games", ""),
+        ("vocab", "tokenizer", ""),
+        ("train", "stage1", "stage1"),
+        ("train", "stage2", "stage2"),
+        ("decode", "completions/test-sample", "sample"),
+        ("decode", "completions/test-beam", "beam"),
+        ("rank", "rankings/test-calrec", "calrec"),
+        ("rank", "rankings/test-beam", "beam"),
+        ("rank", "rankings/test-blend", "blend"),
+        ("evaluate", "report", ""),
+    ]
+    toys, games = (f"read {root.dataset(name)}" for name in ("Toys", "Games"))
+    tokenizer = f"read {root.tokenizer}"
+    inputs = [(given, settings) for _, _, given, settings, _ in rooms.calls]
+    assert inputs[1] == (
+        (),
+        {
+            "name": "Games",
+            "reviews": root.raw / "Games_5.json.gz",
+            "metadata": root.raw / "meta_Games.json.gz",
+        },
+    )
+    assert inputs[2] == (([toys, games], "template"), {})
+    assert inputs[3] == (([toys, games], tokenizer), {"init_from": None})
+    assert inputs[4] == (([toys], tokenizer), {"init_from": root.stage("stage1")})
+    assert inputs[5] == ((toys, tokenizer, root.stage("stage2")), {"split": "test"})
+    assert inputs[8] == ((toys, root.completions("test", "beam")), {"split": "test"})
+    assert inputs[9] == ((toys, None), {"split": "test"})
+    rankings = {name: root.ranking("test", name) for name in ("calrec", "beam", "blend")}
+    assert inputs[10] == ((toys, rankings), {"split": "test", "oracle": None})
+    out = capsys.readouterr().out
+    assert f"calrec: train stage1 → {root.stage('stage1')}" in out
+    assert "in all" in out and str(root.tokenizer) in out
+
+
+def test_a_second_run_skips_every_step_and_keeps_the_times(rooms, line, capsys):
+    line.run()
+    first = artifacts.read_json(line.layout.timing)
+    assert [step["step"] for step in first["steps"]] == [
+        "prepare Toys",
+        "prepare Games",
+        "vocab",
+        "train stage1",
+        "train stage2",
+        "decode test-sample",
+        "decode test-beam",
+        "rank test-calrec",
+        "rank test-beam",
+        "rank test-blend",
+        "evaluate test",
+    ]
+    assert first["seconds"] == pytest.approx(sum(step["seconds"] for step in first["steps"]), abs=0.01)
+    capsys.readouterr()
+    line.run()
+    assert len(rooms.skipped) == 11
+    assert artifacts.read_json(line.layout.timing) == first
+    assert capsys.readouterr().out.count("was done already, skipped") == 11
+
+
+def test_an_interrupted_line_goes_on_and_its_times_add_up(rooms, line):
+    rooms.fail_at = "decode"
+    with pytest.raises(KeyboardInterrupt):
+        line.run()
+    steps = artifacts.read_json(line.layout.timing)["steps"]
+    assert steps[-1]["step"] == "decode test-sample", "what was interrupted counts"
+    steps[-1]["seconds"] = 100.0
+    artifacts.write_json(line.layout.timing, {"steps": steps, "seconds": 100.0})
+    rooms.fail_at = None
+    line.run()
+    assert len(rooms.skipped) == 5
+    (seconds,) = [
+        step["seconds"]
+        for step in artifacts.read_json(line.layout.timing)["steps"]
+        if step["step"] == "decode test-sample"
+    ]
+    assert 100 <= seconds < 200
+
+
+def test_other_splits_stages_and_files(rooms, line, tmp_path):
+    (tmp_path / "dumps").mkdir()
+    oracle = tmp_path / "dumps" / "oracle_Toys.npz"
+    oracle.write_bytes(b"")
+    changed = dataclasses.replace(
+        line,
+        split="validation",
+        stages=("stage2",),
+        categories=(),
+        data_dir=str(tmp_path / "dumps"),
+        reviews="{category}.jsonl",
+        decodes=("sample",),
+        rankings={"calrec": "sample"},
+    )
+    changed.run()
+    by_verb = {verb: (out, inputs, settings) for verb, out, inputs, settings, _ in rooms.calls}
+    assert by_verb["prepare"][2]["reviews"] == tmp_path / "dumps" / "Toys.jsonl"
+    assert by_verb["train"][2] == {"init_from": None}
+    assert by_verb["decode"][0].name == "validation-sample"
+    assert by_verb["evaluate"][0].name == "report-validation"
+    assert by_verb["evaluate"][2]["oracle"] is None, "the shop's oracle knows the last purchase, the test target"
+    dataclasses.replace(changed, split="test").evaluate()
+    assert rooms.calls[-1][3]["oracle"] == oracle
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "train"}, r"run.split is 'train'; it can be validation or test"),
+        ({"stages": ("stage3",)}, r"run.stages has 'stage3'; it can have stage1 and stage2"),
+        ({"rankings": {"calrec": "sampel"}}, r"run.rankings: calrec ranks the decode 'sampel'"),
+        ({"categories": ("../Toys",)}, r"'../Toys' cannot be the name of a category"),
+        ({"target": ""}, r"'' cannot be the name of a category"),
+    ],
+)
+def test_settings_that_cannot_be(line, changes, message):
+    with pytest.raises(CalrecError, match=message):
+        dataclasses.replace(line, **changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda line: line.train("stage9"), r"--stage=stage9 is not in run.stages, which has stage1, stage2"),
+        (lambda line: line.decode("x"), r"--name=x is not in run.decodes, which has sample, beam"),
+        (lambda line: line.rank("x"), r"--name=x is not in run.rankings, which has calrec, beam, blend"),
+        (lambda line: dataclasses.replace(line, stages=()).decode("sample"), r"run.stages is empty"),
+    ],
+)
+def test_names_that_are_not_in_the_run(rooms, line, call, message):
+    with pytest.raises(CalrecError, match=message):
+        call(line)
+
+
+def test_a_setting_without_default_that_is_not_set(rooms, line):
+    with (
+        pytest.raises(CalrecError, match=r"unset that has no default.*num_steps"),
+        line.step("x", line.layout.tokenizer),
+    ):
+        raise RuntimeError("Required bindings for `train` not provided in config: ['num_steps']")
+    with pytest.raises(RuntimeError, match="other"), line.step("x", line.layout.tokenizer):
+        raise RuntimeError("other")
+
+
+def test_bindings_that_the_run_would_not_read(line, tmp_path):
+    @gin.configurable("pipeline_probe")
+    def probe(rate=1):
+        return rate
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(gin.clear_config)
+        for scope in ("stage1", "sample", "blend"):
+            line.check(config.load([], [f"{scope}/pipeline_probe.rate=2"], modules=()))
+        with pytest.raises(CalrecError, match=r"nothing uses the scope sampel/; did you mean sample"):
+            line.check(config.load([], ["sampel/pipeline_probe.rate=2"], modules=()))
+
+
+def test_the_layout_is_the_documented_one(tmp_path):
+    layout = RunLayout(tmp_path)
+    paths = [
+        layout.raw,
+        layout.dataset("Toys"),
+        layout.tokenizer,
+        layout.stage("stage1"),
+        layout.completions("test", "sample"),
+        layout.ranking("test", "calrec"),
+        layout.report("test"),
+        layout.report("validation"),
+        layout.timing,
+    ]
+    assert [str(path.relative_to(tmp_path)) for path in paths] == [
+        "raw",
+        "datasets/Toys",
+        "tokenizer",
+        "stage1",
+        "completions/test-sample",
+        "rankings/test-calrec",
+        "report",
+        "report-validation",
+        "timing.json",
+    ]
