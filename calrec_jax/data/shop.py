@@ -6,7 +6,7 @@ purchase, the ceiling of any recommender. The catalogue is made in `shop_catalog
 `shop_purchases.py`, and docs/synthetic_shop.md tells both in words.
 
 Notable: the same `Shop` gives the same bytes. Dirt never changes a purchase: a cleaned dump holds exactly the simulated
-sequences. No user buys the same item twice in a row, apart from a few double orders that belong to the dirt.
+sequences. No user buys the same item twice in a row or twice a day, apart from a few double orders, which are dirt.
 """
 
 import gzip

@@ -52,6 +52,7 @@ class State:
     taste: np.ndarray  # [users, departments] latent, now
     affinity: np.ndarray  # [users, brands] latent, fixed
     day: np.ndarray  # [users] days before the end of the log, of the purchase to come
+    morning: np.ndarray  # [users] step of the first purchase of that day
     last: np.ndarray  # [users] item, −1: none yet
     bought: np.ndarray  # [users, I] step of an item's latest purchase
     main: np.ndarray  # [users, M] step at which the main item of a model was bought
@@ -67,6 +68,7 @@ class State:
             taste=taste,
             affinity=affinity,
             day=day,
+            morning=np.zeros(users, int),
             last=np.full(users, -1),
             bought=np.full((users, len(catalogue)), NEVER, np.int32),
             main=np.full((users, models), NEVER, np.int32),
@@ -84,6 +86,17 @@ class State:
         self.supplied[rows[supplies], model[supplies]] = self.step
         self.last = items
         self.step += 1
+
+    def next_day(self, taste: np.ndarray, day: np.ndarray) -> None:
+        """The purchase to come is made on `day` [users], which may be the same, with another taste."""
+        self.morning = np.where(day == self.day, self.morning, self.step)
+        self.taste, self.day = taste, day
+
+    def keep(self, users: np.ndarray) -> None:
+        """Goes on with those users alone."""
+        for name, values in vars(self).items():
+            if name != "step":
+                setattr(self, name, values[users])
 
 
 def _by_model(catalogue: Catalogue, role: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,11 +134,12 @@ class Shopper:
     def probabilities(self, state: State) -> np.ndarray:
         """Probability [users, I] of every item as the next purchase; rows sum to 1.
 
-        Items not yet launched, the item just bought, and durables that the user has are never bought.
+        Items not yet launched, the item just bought, items bought that day and durables that the user has are never
+        bought.
         """
         catalogue = self.catalogue
         on_sale = catalogue.launch[None, :] >= state.day[:, None]
-        on_sale &= ~((state.bought > NEVER) & self.durable)
+        on_sale &= ~((state.bought > NEVER) & self.durable) & (state.bought < state.morning[:, None])
         rows = np.flatnonzero(state.last >= 0)
         on_sale[rows, state.last[rows]] = False
         base = on_sale * catalogue.popularity * np.where(catalogue.is_new, self.rules.novelty, 1.0)
@@ -240,7 +254,7 @@ def simulate(
 
     Results do not depend on `chunk`, the number of users computed at once: all chance is drawn beforehand.
     """
-    shopper = Shopper(catalogue, rules)
+    shopper, memory = Shopper(catalogue, rules), rules.taste_memory
     lengths = np.minimum(min_purchases + rng.geometric(0.3, users) - 1, max_purchases)
     days = purchase_days(lengths, same_day, rng)
     steps, departments, brands = days.shape[1], len(shopper.departments), catalogue.brand.max() + 1
@@ -252,19 +266,19 @@ def simulate(
     oracle = np.zeros((users, len(catalogue)), np.float32)
     final_taste = np.zeros((users, departments))
     for start in range(0, users, chunk):
-        rows = slice(start, min(start + chunk, users))
-        drift = noise[0, rows]
-        state = State.start(catalogue, liked + drift, affinity[rows], days[rows, 0])
-        for step in range(steps):
+        active = np.arange(start, min(start + chunk, users))
+        drift = noise[0, active]
+        state = State.start(catalogue, liked + drift, affinity[active], days[active, 0])
+        for step in range(lengths[active].max()):
             probabilities = shopper.probabilities(state)
-            bought = draw(probabilities, uniform[step, rows])
-            items[rows, step] = np.where(step < lengths[rows], bought, -1)
-            ends = np.flatnonzero(lengths[rows] == step + 1)
-            oracle[start + ends] = probabilities[ends]
-            final_taste[start + ends] = state.taste[ends]
-            state.buy(catalogue, bought)
-            if step + 1 < steps:
-                memory = rules.taste_memory
-                drift = memory * drift + np.sqrt(1 - memory**2) * noise[step + 1, rows]
-                state.taste, state.day = liked + drift, days[rows, step + 1]
+            items[active, step] = draw(probabilities, uniform[step, active])
+            ends = lengths[active] == step + 1
+            oracle[active[ends]] = probabilities[ends]
+            final_taste[active[ends]] = state.taste[ends]
+            state.buy(catalogue, items[active, step])
+            state.keep(~ends)
+            active, drift = active[~ends], drift[~ends]
+            if active.size:
+                drift = memory * drift + np.sqrt(1 - memory**2) * noise[step + 1, active]
+                state.next_day(liked + drift, days[active, step + 1])
     return Purchases(items, days, lengths, oracle, final_taste, affinity)
