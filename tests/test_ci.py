@@ -24,7 +24,7 @@ def executable(path, text):
         ("true", "echo '== 2 failed, 10 passed, 1 error in 3.45s =='; false", "10 passed, 3 failed", True),
         ("false", "echo '== 12 passed in 3.45s =='", "12 passed, 1 failed", True),
         ("true", "echo 'no network'; false", "0 passed, 1 failed", True),
-        ("true", "echo 'FAIL Required test coverage'; echo '== 12 passed in 1.00s =='; false", "12 passed, 1 failed", True),
+        ("true", "echo 'coverage too low'; echo '== 12 passed in 1.00s =='; false", "12 passed, 1 failed", True),
         ("false", "false", "0 passed, 2 failed", True),
         ("true", "echo '== no tests ran in 0.01s =='", "0 passed, 1 failed", True),
     ],
