@@ -50,8 +50,8 @@ def test_any_text_gives_one_clean_line(text):
     [
         ("Acme", "Acme"),
         ("  \n ", None),
-        ("Unknown", None),
-        ("unknown ", None),
+        ("Unknown", "Unknown"),
+        ("unknown ", "Unknown"),
         ("N/A", None),
         ("by\n    \n    Microsoft", "Microsoft"),
         ("by Terry", "by Terry"),

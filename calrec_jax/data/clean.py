@@ -26,7 +26,8 @@ _ALT = re.compile(r"<img\b[^<>]*\balt\s*=\s*[\"']([^\"'<>]+)[\"']", re.I)
 
 _AMOUNT = r"(?:[$€£¥₹]|[A-Z]{2,3}\$?)?\s?\d[\d,.]*"
 _PRICE = re.compile(rf"{_AMOUNT}(?:\s?[-–]\s?{_AMOUNT})?")
-_NO_BRAND = {"unknown", "n/a"}
+# "Unknown" stays, and reads as the template writes an absent brand: published baselines index it as a word.
+_NO_BRAND = {"n/a": None, "unknown": "Unknown"}
 _BY_LINE = re.compile(r"\s*by\s*\n\s*")  # "by\n    \n    Microsoft"
 
 
@@ -63,7 +64,7 @@ def clean_category(levels: Sequence[str], main: str | None = None) -> str | None
 def clean_brand(value: str) -> str | None:
     """The brand, or None for blanks and words that say that there is none."""
     text = clean_text(_BY_LINE.sub("", value, count=1) if _BY_LINE.match(value) else value)
-    return None if text is None or text.casefold() in _NO_BRAND else text
+    return None if text is None else _NO_BRAND.get(text.casefold(), text)
 
 
 def clean_price(value: str) -> str | None:
