@@ -1,0 +1,186 @@
+"""BM25 of any text against the catalogue: a deterministic layer over bm25s.
+
+Notable: one tokenizer serves the catalogue and the queries, and is saved with the index. The template's field words
+(`Title:`, …) and its word for an absent value are taken out by their place in the sentence, so that the same words
+in a title still count. The vocabulary is sorted (bm25s orders it by Python's string hash, which changes from process
+to process), and a query without any known token scores zero on every item: everything ties, nothing is raised.
+
+The scores are bm25s' own, bit for bit: its index is read as it is, and a compiled loop adds the same float32 numbers
+in the same order as `bm25s.BM25.get_scores`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import bm25s
+import gin
+import numba
+import numpy as np
+
+from calrec_jax import artifacts
+from calrec_jax.data import templates
+from calrec_jax.errors import CalrecError
+
+_TOKEN = re.compile(r"\w+")
+# NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.
+_MARKS = str.maketrans({"™": " ", "℠": " "})
+NORMALIZATIONS = ("nfkc", "lower")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class BM25Tokenizer:
+    """Splits a text into the words BM25 counts: runs of letters, digits and underscores, single characters included.
+
+    Attributes:
+      normalization: "nfkc" (compatibility forms folded, trade marks dropped, case folded) or "lower" (lower case
+        only, the tokenization of published baselines).
+      strip_accents: whether combining marks are removed (café → cafe).
+      fields: the template's field words; each is dropped once, where it opens a sentence and a colon follows.
+      absent: the template's word for an absent value, dropped where it is a field's whole value.
+
+    Raises:
+      CalrecError: `normalization` is not one of the above.
+    """
+
+    normalization: str = "nfkc"
+    strip_accents: bool = False
+    fields: tuple[str, ...] = templates.Template().field_names
+    absent: str = templates.UNKNOWN
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", tuple(self.fields))  # gin and JSON give lists
+        if self.normalization not in NORMALIZATIONS:
+            raise CalrecError(
+                f"BM25Tokenizer.normalization is {self.normalization!r}: choose one of {list(NORMALIZATIONS)}"
+            )
+
+    @functools.cached_property
+    def _field(self) -> re.Pattern[str]:
+        names = "|".join(map(re.escape, self.fields)) or r"(?!)"
+        whole_value = rf"(?:{re.escape(self.absent)}(?=\.(?: (?:{names}):|\s*$)))?" if self.absent else ""
+        return re.compile(rf"(?:^\s*|(?<=\. ))(?P<name>{names}): {whole_value}")
+
+    def strip_fields(self, text: str) -> str:
+        """The text without the template's own words: the first of each field word that opens a sentence."""
+        seen: set[str] = set()
+
+        def drop_first(match: re.Match[str]) -> str:
+            if match["name"] in seen:
+                return match[0]
+            seen.add(match["name"])
+            return ""
+
+        return self._field.sub(drop_first, text)
+
+    def __call__(self, text: str) -> list[str]:
+        """The tokens of a text, in order, repeats kept; an empty list for a text without any."""
+        text = self.strip_fields(text)
+        if self.normalization == "nfkc":
+            text = unicodedata.normalize("NFKC", text.translate(_MARKS)).casefold()
+            text = unicodedata.normalize("NFKC", text)  # case folding may undo the composition
+        else:
+            text = text.lower()
+        if self.strip_accents:
+            decomposed = unicodedata.normalize("NFD", text)
+            text = "".join(character for character in decomposed if not unicodedata.combining(character))
+        return _TOKEN.findall(text)
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_token_scores(data, indices, indptr, tokens, starts, scores):  # pragma: no cover (compiled)
+    for row in range(len(starts) - 1):
+        for position in range(starts[row], starts[row + 1]):
+            token = tokens[position]
+            for entry in range(indptr[token], indptr[token + 1]):
+                scores[row, indices[entry]] += data[entry]
+
+
+class BM25Index:
+    """The catalogue's BM25 index.
+
+    Attributes:
+      tokenizer: what made the tokens of the catalogue and makes those of the queries.
+      num_items: I, the number of indexed texts.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: BM25Tokenizer | None = None):
+        """Indexes the catalogue's texts with bm25s' defaults (Lucene's BM25, k1 = 1.5, b = 0.75, float32).
+
+        Args:
+          texts: [I] texts; a text without tokens never matches.
+          tokenizer: default `BM25Tokenizer()`.
+
+        Raises:
+          CalrecError: no text has a token.
+        """
+        tokenizer = tokenizer or BM25Tokenizer()
+        tokens = [tokenizer(text) for text in texts]
+        vocabulary = {token: row for row, token in enumerate(sorted({token for words in tokens for token in words}))}
+        if not vocabulary:
+            raise CalrecError(f"none of the {len(tokens)} texts of the catalogue has a word that BM25 could index")
+        ids = [[vocabulary[token] for token in words] for words in tokens]
+        index = bm25s.BM25()
+        index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+        self._adopt(index, tokenizer)
+
+    def _adopt(self, index: bm25s.BM25, tokenizer: BM25Tokenizer) -> None:
+        self.bm25s = index
+        self.tokenizer = tokenizer
+        self.num_items = int(index.scores["num_docs"])
+        self._data = np.ascontiguousarray(index.scores["data"], np.float32)
+        self._indices = np.ascontiguousarray(index.scores["indices"], np.int32)
+        self._indptr = np.ascontiguousarray(index.scores["indptr"], np.int64)
+
+    def token_ids(self, text: str) -> list[int]:
+        """The text's tokens as rows of the vocabulary; unknown tokens are left out, repeats are kept."""
+        vocabulary = self.bm25s.vocab_dict
+        return [vocabulary[token] for token in self.tokenizer(text) if token in vocabulary]
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """Scores each text against every item.
+
+        Args:
+          texts: [N] texts; one that is empty or shares no token with the catalogue scores zero everywhere.
+
+        Returns:
+          [N, I] float32, equal to `bm25s.BM25.get_scores` of the same tokens.
+        """
+        ids = [self.token_ids(text) for text in texts]
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(row) for row in ids], out=starts[1:])
+        tokens = np.fromiter((token for row in ids for token in row), np.int64, starts[-1])
+        scores = np.zeros((len(ids), self.num_items), np.float32)
+        _add_token_scores(self._data, self._indices, self._indptr, tokens, starts, scores)
+        return scores
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the index in bm25s' own files with the tokenizer's settings beside them, the folder as a whole.
+
+        Raises:
+          CalrecError: the folder exists or cannot be written.
+        """
+        with artifacts.atomic_folder(folder) as temporary:
+            self.bm25s.save(temporary, corpus=None)
+            artifacts.write_json(temporary / "tokenizer.json", dataclasses.asdict(self.tokenizer))
+
+    @classmethod
+    def load(cls, folder: pathlib.Path, *, mmap: bool = True) -> "BM25Index":
+        """Reads what `save` wrote; memory-mapped, so that processes share one copy.
+
+        Raises:
+          CalrecError: the folder holds no index or a damaged one.
+        """
+        settings = artifacts.read_json(pathlib.Path(folder) / "tokenizer.json")
+        try:
+            tokenizer = BM25Tokenizer(**settings)
+            index = bm25s.BM25.load(folder, load_corpus=False, mmap=mmap)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CalrecError(f"{folder} is not a BM25 index ({error}); delete it and make it again") from error
+        self = cls.__new__(cls)
+        self._adopt(index, tokenizer)
+        return self

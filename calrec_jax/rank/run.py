@@ -1,0 +1,243 @@
+"""The verb `rank`: completions (or histories) in, ranked lists of the catalogue out.
+
+Notable: users are ranked in blocks, so memory is bounded whatever their number, and the shards appear together when
+all is written. The same inputs and settings give the same bytes.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import gin
+import numpy as np
+
+from calrec_jax import artifacts
+from calrec_jax.data.dataset import Dataset
+from calrec_jax.errors import CalrecError
+from calrec_jax.rank import sources
+from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
+from calrec_jax.rank.completions import Completions
+from calrec_jax.rank.histories import Histories
+from calrec_jax.rank.ordering import order
+from calrec_jax.rank.round_robin import EPSILON, RoundRobin
+from calrec_jax.rank.shards import RankingReader, RankingWriter
+
+KIND = "ranking"
+WHOLE_CATALOGUE_UP_TO = 20_000
+DEPTH_BEYOND = 1_000
+USERS_A_BLOCK = 256
+FROM_COMPLETIONS = ("completions", "constrained", "tower")
+FROM_HISTORIES = ("popularity", "last_item", "transitions", "bm25_last", "blend")
+SOURCES = (*FROM_COMPLETIONS, *FROM_HISTORIES, "fusion")
+LEAVE_OUT = ("none", "last", "all")
+
+
+@gin.configurable
+def rank(
+    out: pathlib.Path,
+    dataset: Dataset,
+    completions: pathlib.Path | None,
+    *,
+    split: str = "test",
+    source: str = "completions",
+    depth: int | None = None,
+    epsilon: float = EPSILON,
+    score: str = "sum",
+    fill: str = "none",
+    leave_out_history: str = "none",
+    missing: str = "error",
+    fuse: Mapping[str, float] | None = None,
+) -> pathlib.Path:
+    """Ranks the catalogue for every user of a split. Skips when that is done.
+
+    Args:
+      out: folder of the ranking.
+      dataset: whose catalogue is ranked.
+      completions: folder of the dataset's completions for the split; None where the source needs none.
+      split: "validation" or "test".
+      source: "completions" (quasi-round-robin BM25 over free completions), "constrained" (the items of a constrained
+        decode by log-probability, all others tied behind), "tower" (user vector · item vectors), "popularity",
+        "last_item", "transitions", "bm25_last", "blend" (from the histories alone), or "fusion".
+      depth: of the lists; None: the whole catalogue up to 20,000 items, else 1,000.
+      epsilon: ε of quasi-round-robin.
+      score: S of a completion: "sum" (the paper) or "mean" of its tokens' log-probabilities.
+      fill: a source from histories that decides what the source leaves tied; "none": ties stay ties.
+      leave_out_history: items moved to the bottom: "none", the "last" of the history, or "all" of it.
+      missing: users without completions: "error", or "skip" them (an evaluation counts them as misses).
+      fuse: for "fusion": names of rankings beside `out` (without the split) to their weights.
+
+    Returns:
+      `out`.
+
+    Raises:
+      CalrecError: a setting is not valid, the completions are missing, incomplete or another dataset's, or `out` holds
+        a ranking made otherwise.
+    """
+    _check_settings(source, fill, leave_out_history, depth, fuse)
+    out = pathlib.Path(out)
+    tokenizer = BM25Tokenizer()
+    folders = {} if source != "fusion" else {name: out.parent / f"{split}-{name}" for name in dict(fuse or {})}
+    made_from = {"dataset": dataset.hash, **_input_hashes(dataset, completions, split, source, folders)}
+    settings = {
+        "split": split,
+        "source": source,
+        "depth": depth,
+        "epsilon": epsilon,
+        "score": score,
+        "fill": fill,
+        "leave_out_history": leave_out_history,
+        "missing": missing,
+        "fuse": dict(fuse) if fuse else None,
+        "bm25": dataclasses.asdict(tokenizer),
+    }
+    if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
+        return out
+    histories = Histories(dataset, split)
+    index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
+    users = np.arange(len(dataset.user_ids))
+    if source in FROM_COMPLETIONS:
+        assert completions is not None
+        ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing)
+    elif source == "fusion":
+        weights = [(RankingReader(folders[name], dataset), weight) for name, weight in dict(fuse or {}).items()]
+        ranked = sources.Fusion(weights, len(dataset.item_ids))
+    else:
+        ranked = from_histories(source, histories, dataset.texts, index)
+    if fill != "none":
+        ranked = sources.Filled(ranked, from_histories(fill, histories, dataset.texts, index))
+    num_items = len(dataset.item_ids)
+    cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
+    with artifacts.atomic_folder(out) as temporary:
+        _write(pathlib.Path(temporary), dataset, users, ranked, histories, leave_out_history, cut)
+        artifacts.write_manifest(
+            temporary,
+            kind=KIND,
+            made_from=made_from,
+            settings=settings,
+            name=dataset.name,
+            users=len(users),
+            items=num_items,
+            list_depth=cut,
+        )
+    return out
+
+
+def _check_settings(
+    source: str, fill: str, leave_out_history: str, depth: int | None, fuse: Mapping[str, float] | None
+) -> None:
+    if source not in SOURCES:
+        raise CalrecError(f"rank.source is {source!r}: choose one of {list(SOURCES)}")
+    if fill not in ("none", *FROM_HISTORIES):
+        raise CalrecError(f"rank.fill is {fill!r}: choose one of {['none', *FROM_HISTORIES]}")
+    if leave_out_history not in LEAVE_OUT:
+        raise CalrecError(f"rank.leave_out_history is {leave_out_history!r}: choose one of {list(LEAVE_OUT)}")
+    if depth is not None and depth < 1:
+        raise CalrecError(f"rank.depth is {depth}: it must be at least 1, or None for the default")
+    if (source == "fusion") != bool(fuse):
+        raise CalrecError(
+            "rank.source='fusion' and rank.fuse (names of rankings to weights) go together: set both or neither"
+        )
+
+
+def _input_hashes(
+    dataset: Dataset,
+    completions: pathlib.Path | None,
+    split: str,
+    source: str,
+    folders: Mapping[str, pathlib.Path],
+) -> dict[str, str]:
+    """Role to hash of what a source reads beside the dataset; checks that it belongs to the dataset and split."""
+    inputs = {f"ranking {name}": artifacts.read_manifest(folder, kind=KIND) for name, folder in folders.items()}
+    if source in FROM_COMPLETIONS:
+        if completions is None:
+            raise CalrecError(
+                f"rank.source={source!r} needs completions: run `calrec decode`, and name its decode here"
+            )
+        inputs["completions"] = artifacts.read_manifest(completions, kind="completions")
+    for role, manifest in inputs.items():
+        if manifest["made_from"].get("dataset") != dataset.hash:
+            raise CalrecError(
+                f"the {role} ({completions if role == 'completions' else folders[role.removeprefix('ranking ')]}) "
+                f"were made from another dataset than {dataset.name} as it is now; make them again from this one"
+            )
+        theirs = manifest["settings"].get("split", split)
+        if theirs != split:
+            raise CalrecError(
+                f"the {role} are of the split {theirs!r}, and {split!r} is to be ranked; correct the path"
+            )
+    return {role: manifest["hash"] for role, manifest in inputs.items()}
+
+
+class _ByUser:
+    """A source that knows rows of the completions, asked by rows of the dataset."""
+
+    def __init__(self, source: sources.Source, users: np.ndarray, num_users: int):
+        self._source = source
+        self._row_of = np.full(num_users, -1, np.int64)
+        self._row_of[users] = np.arange(len(users))
+
+    def scores(self, users: np.ndarray) -> sources.Scores:
+        return self._source.scores(self._row_of[users])
+
+
+def _from_completions(
+    dataset: Dataset,
+    folder: pathlib.Path,
+    source: str,
+    index: Callable[[], BM25Index],
+    epsilon: float,
+    score: str,
+    missing: str,
+) -> tuple[sources.Source, np.ndarray]:
+    """A source that reads completions, and the users who have them."""
+    columns = {
+        "completions": ("texts", "log_probs", "num_tokens"),
+        "constrained": ("item_ids", "log_probs"),
+        "tower": ("user_embedding",),
+    }
+    loaded = Completions(folder, dataset, columns[source], missing)
+    made: sources.Source
+    if source == "completions":
+        made = RoundRobin(index(), loaded.user_texts(score), epsilon)
+    else:
+        made = loaded.constrained() if source == "constrained" else loaded.tower()
+    return _ByUser(made, loaded.users, len(dataset.user_ids)), loaded.users
+
+
+def from_histories(
+    name: str, histories: Histories, texts: Sequence[str], index: Callable[[], BM25Index]
+) -> sources.Source:
+    """One of `FROM_HISTORIES`; `index` is called for the BM25 index of `texts` where it is needed."""
+    if name == "popularity":
+        return sources.Popularity(histories)
+    if name == "last_item":
+        return sources.LastItem(histories)
+    if name == "transitions":
+        return sources.FirstOrderTransitions(histories)
+    bm25 = sources.BM25OfLast(histories, index(), texts)
+    return bm25 if name == "bm25_last" else sources.Blend(histories, bm25)
+
+
+def _write(
+    folder: pathlib.Path,
+    dataset: Dataset,
+    users: np.ndarray,
+    source: sources.Source,
+    histories: Histories,
+    leave_out_history: str,
+    depth: int,
+) -> None:
+    """Scores, orders and writes all users, block by block."""
+    # Blocks shrink with the catalogue: several float64 matrices of a block live at once.
+    block = max(1, min(USERS_A_BLOCK, 2**23 // len(dataset.item_ids)))
+    with RankingWriter(folder, dataset) as writer:
+        for at in range(0, len(users), block):
+            part = users[at : at + block]
+            scores = source.scores(part)
+            if leave_out_history == "last":
+                last = histories.last(part)
+                scores = scores.leave_out(np.flatnonzero(last >= 0), last[last >= 0])
+            elif leave_out_history == "all":
+                scores = scores.leave_out(*histories.of(part))
+            writer.write(part, order(scores, depth))
