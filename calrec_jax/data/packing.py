@@ -179,6 +179,23 @@ def fill_rows(examples: ExampleSet, rows: list[np.ndarray], packing: Packing) ->
     return batch | {"decoder_loss_weights": loss_weights, "example_mask": mask} | per_example
 
 
+def pack_window(lengths: np.ndarray, packing: Packing, *, seed: int, window: int) -> list[np.ndarray]:
+    """The rows of one window: positions in `lengths`, ascending within a row; the rows are in the order of the stream.
+
+    Args:
+      lengths: [W] tokens of each example, both segments together.
+      packing: L and K.
+      seed: of the stream.
+      window: number of the window.
+    """
+    row = best_fit_decreasing(lengths, packing.row_tokens, packing.row_examples)
+    order = np.argsort(row, kind="stable")
+    rows = np.split(order, np.flatnonzero(np.diff(row[order])) + 1)
+    # Best-fit decreasing opens rows by falling length; mixed again so that no batch is all long histories.
+    rng = np.random.Generator(np.random.Philox(key=[seed, (window << 16) + 0xFFFE]))
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
 class PackedStream:
     """The endless stream of packed training rows, addressable by step.
 
@@ -246,14 +263,8 @@ class PackedStream:
     def _window_rows(self, window: int) -> list[np.ndarray]:
         if self._cached[0] != window:
             members = self.window_examples(window)
-            row = best_fit_decreasing(
-                self.examples.lengths[members], self.packing.row_tokens, self.packing.row_examples
-            )
-            order = np.argsort(row, kind="stable")
-            rows = np.split(members[order], np.flatnonzero(np.diff(row[order])) + 1)
-            # Best-fit decreasing opens rows by falling length; mixed again so that no batch is all long histories.
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, (window << 16) + 0xFFFE]))
-            self._cached = (window, [rows[i] for i in rng.permutation(len(rows))])
+            rows = pack_window(self.examples.lengths[members], self.packing, seed=self.seed, window=window)
+            self._cached = (window, [members[row] for row in rows])
             if window == len(self._first_rows) - 1:
                 self._first_rows.append(self._first_rows[-1] + len(rows))
         return self._cached[1]
