@@ -147,8 +147,8 @@ def _tops(
                 "top": [[store.number(item), float(f"{score:.6g}"), -1] for item, score in shown],
             }
     if with_sources:
-        for user, row in _rows(folder, ["sources"], dataset, users):
-            for entry, source in zip(rows[user]["top"], row["sources"], strict=False):
+        for user, row_of in _rows(folder, ["sources"], dataset, users):
+            for entry, source in zip(rows[user]["top"], row_of["sources"], strict=False):
                 entry[2] = source
     return rows
 

@@ -50,7 +50,7 @@ function barPlot(container, bars, description) {
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": description });
     for (const tick of ticks) {
       picture.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: height - 26 }),
-        svg("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, tick === 0 ? "0" : metric(tick, 3).replace(/0$/, "")));
+        svg("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, metricTick(tick)));
     }
     const labels = bars.map((bar, row) => {
       const middle = row * pitch + pitch / 2;
@@ -76,17 +76,18 @@ function lineSwatch(series) {
 }
 
 // options: {series: [{name, points: [[x, y]], colour, dash, kind, dots}], xTicks, xFormat, yFormat, xName, zero, height,
-// legendTable, at, description}. The legend shows the values at the cursor (pointer, or arrow keys on the plot).
+// tickFormat, legendTable, at, description}. The legend shows the values at the cursor (pointer, or arrow keys on the plot).
 function linePlot(container, options) {
   const { series, yFormat } = options;
+  const tickFormat = options.tickFormat || yFormat;
   const xs = [...new Set(series.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
   const place = options.even ? (value) => xs.indexOf(value) : (value) => value;
   const holder = html("div");
   const at = html(options.legendTable ? "p" : "li", { class: "legend-at" });
   const values = series.map(() => html("b"));
   const legend = html("ul", { class: options.legendTable ? "legend legend-table" : "legend" },
-    options.legendTable ? null : at,
-    series.map((line, index) => html("li", {}, lineSwatch(line), html("span", {}, line.name), values[index])));
+    series.map((line, index) => html("li", {}, lineSwatch(line), html("span", {}, line.name), values[index])),
+    options.legendTable ? null : at);
   container.append(holder, options.legendTable ? at : "", legend);
   let cursor = options.at === undefined ? xs[xs.length - 1] : options.at;
   let moveCursor = () => {};
@@ -113,7 +114,7 @@ function linePlot(container, options) {
     low = Math.min(low, Math.floor(low / pitch + 1e-6) * pitch);
     high = Math.max(high, Math.ceil(high / pitch - 1e-6) * pitch);
     const yTicks = ticksBetween(low, high, Math.round((high - low) / pitch));
-    const left = 12 + 7 * Math.max(...yTicks.map((tick) => yFormat(tick).length));
+    const left = 12 + 7 * Math.max(...yTicks.map((tick) => tickFormat(tick).length));
     const [first, last] = [place(xs[0]), place(xs[xs.length - 1])];
     const pad = options.even ? 14 : 4;
     const x = (value) => left + pad + ((width - left - 2 * pad - 2) * (place(value) - first)) / (last - first || 1);
@@ -121,7 +122,7 @@ function linePlot(container, options) {
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: 0, "aria-label": options.description });
     for (const tick of yTicks) {
       picture.append(svg("line", { class: "grid", x1: left, x2: width, y1: y(tick), y2: y(tick) }),
-        svg("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, yFormat(tick)));
+        svg("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, tickFormat(tick)));
     }
     const xTicks = options.even ? xs : ticksBetween(xs[0], xs[xs.length - 1], width < 340 ? 3 : 5);
     for (const tick of xTicks) picture.append(svg("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, options.xFormat(tick)));

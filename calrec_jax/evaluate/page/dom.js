@@ -27,7 +27,8 @@ const notice = (...text) => html("p", { class: "notice" }, ...text);
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const count = (value) => (isNumber(value) ? value.toLocaleString("en-US", { maximumFractionDigits: 2 }) : "–");
 const words = (name) => String(name).replaceAll("_", " ");
-const sentence = (name) => words(name).replace(/^./, (letter) => letter.toUpperCase());
+const upper = (text) => String(text).replace(/^./, (letter) => letter.toUpperCase());
+const sentence = (name) => upper(words(name));
 
 // Ranking metrics as papers print them: .0812, and 1.0000 only where it is reached.
 function metric(value, digits = 4) {
@@ -41,6 +42,9 @@ function scoreFormat(values) {
   const digits = largest >= 1000 ? 1 : largest >= 1 ? 3 : largest >= 0.01 ? 4 : 6;
   return (value) => (isNumber(value) ? value.toFixed(digits).replace("-", "−") : "–");
 }
+
+// The same on an axis, without the zeros at the end.
+const metricTick = (value) => (value === 0 ? "0" : metric(value).replace(/0{1,3}$/, ""));
 
 // Any other quantity, to a few significant digits.
 function quantity(value) {

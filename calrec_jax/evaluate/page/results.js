@@ -44,12 +44,11 @@ function valuesUnder(row, ties, standard) {
 function renderHeader(report) {
   const { metrics, dataset } = report;
   const facts = [
-    ["Split", metrics.split], ["Test users", count(metrics.users)], ["Catalogue", `${count(metrics.items)} items`],
+    ["Split", metrics.split], ["Users evaluated", count(metrics.users)], ["Catalogue", `${count(metrics.items)} items`],
     ["Interactions", count(dataset.interactions)],
     ["Ranking depth", metrics.depth >= metrics.items ? "whole catalogue" : `${count(metrics.depth)} items`],
     ["Ties", (TIES[metrics.ties] || [words(metrics.ties)])[0].toLowerCase()],
   ];
-  if (metrics.split !== "test") facts[1][0] = "Users";
   replace(byId("facts"), facts.filter(([, value]) => value !== undefined && value !== null)
     .map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))));
 
@@ -74,7 +73,7 @@ function renderTable(report, rows, named, ties) {
   const best = Object.fromEntries(columns.map((key) => [key, Math.max(...compared.map((row) => valuesUnder(row, ties, standard)[key] ?? -1))]));
   const hasIntervals = rows.some((row) => row.interval && row.interval[SHOWN]);
   const head = html("tr", {}, html("th", { scope: "col" }, "Ranking"), columns.flatMap((key) => [
-    html("th", { scope: "col" }, metricLabel(key)),
+    html("th", { scope: "col" }, key === "mrr" && report.metrics.depth < report.metrics.items ? `MRR@${report.metrics.depth}` : metricLabel(key)),
     key === SHOWN && hasIntervals ? html("th", { scope: "col" }, "interval") : null]));
   const bodies = KINDS.map((kind) => {
     const group = rows.filter((row) => (KINDS.includes(row.kind) ? row.kind : "baseline") === kind);
@@ -107,7 +106,15 @@ function renderResults(report) {
   const intervals = rows.some((row) => row.interval && row.interval[SHOWN]);
   const notes = [];
   if (rows.some((row) => row.kind === "oracle")) notes.push("The oracle knows the probabilities that the purchases were drawn from: it is a ceiling, not a competitor.");
-  if (intervals) notes.push(`The interval of NDCG@10 is a bootstrap over users, made with ties by ${(TIES[metrics.ties] || [metrics.ties])[0].toLowerCase()}.`);
+  if (intervals) {
+    const made = metrics.bootstrap || {};
+    const how = [isNumber(made.level) ? `${100 * made.level} %` : null, isNumber(made.resamples) ? `${count(made.resamples)} resamples of the users` : "over users"];
+    notes.push(`The interval of NDCG@10 is a bootstrap (${how.filter(Boolean).join(", ")}), with ties by ${(TIES[metrics.ties] || [metrics.ties])[0].toLowerCase()}.`);
+  }
+  if (metrics.population === "ranked") notes.push("Only users whom every ranking covers are counted.");
+  for (const row of rows) {
+    if (row.users_without_ranking > 0 && metrics.population !== "ranked") notes.push(`${row.name} has no list for ${count(row.users_without_ranking)} users, who count as misses.`);
+  }
   notes.push("Bold: the highest value of a column, without the oracle.");
   replace(byId("results-note"), document.createTextNode(notes.join(" ")));
   const show = (ties) => {
@@ -149,7 +156,7 @@ function renderCutoffs(rows, named) {
     body.replaceChildren();
     linePlot(body, {
       series, even: true, zero: true, height: Math.max(220, rows.length * 30 - 30), legendTable: true, at: cuts.includes(10) ? 10 : cuts[cuts.length - 1],
-      xName: "Cut-off", xFormat: String, yFormat: (value) => (value === 0 ? "0" : metric(value, 3)),
+      xName: "Cut-off", xFormat: String, yFormat: metric, tickFormat: metricTick,
       description: `${family} by cut-off: ` + series.map((line) => `${line.name} ${line.points.map(([cut, value]) => `${metric(value)} at ${cut}`).join(", ")}`).join("; "),
     });
   };

@@ -56,6 +56,7 @@ function renderTraining(report) {
       grid.append(figure);
       linePlot(figure, {
         series, height: 170, xName: "Step", xFormat: (value) => count(Math.round(value)), yFormat: isRankingMetric(name) ? metric : quantity,
+        tickFormat: isRankingMetric(name) ? metricTick : quantity,
         description: `${metricName(name)} over steps: ` + series.map((line) => `${line.name} from ${quantity(line.points[0][1])} to ${quantity(line.points[line.points.length - 1][1])}`).join("; "),
       });
     }
@@ -70,8 +71,17 @@ const plain = (value) => (typeof value === "number" ? (Number.isInteger(value) ?
       : Array.isArray(value) ? value.map(String).join(", ") || "none"
         : typeof value === "object" ? JSON.stringify(value) : String(value));
 
+// The reading order of what preparation counts; other names follow as they come.
+const FACT_ORDER = ["users", "items", "interactions", "first_day", "last_day", "length_min", "length_median", "length_mean", "length_max",
+  "repeats", "consecutive_repeats", "tied", "repeated_test_targets", "tied_test_targets", "same_day_test_targets"];
+
+// A count and its `_share` are one fact; seconds since 1970 are left to data_card.json where the day is given.
 function pairs(title, record) {
-  const rows = Object.entries(record).map(([name, value]) => html("div", {}, html("dt", {}, words(name)), html("dd", {}, plain(value))));
+  const place = (name) => (FACT_ORDER.includes(name) ? FACT_ORDER.indexOf(name) : FACT_ORDER.length);
+  const names = Object.keys(record).filter((name) => !(name.endsWith("_share") && name.slice(0, -6) in record) && !(name.endsWith("_time") && name.replace(/_time$/, "_day") in record))
+    .sort((a, b) => place(a) - place(b));
+  const rows = names.map((name) => html("div", {}, html("dt", {}, sentence(name)),
+    html("dd", {}, plain(record[name]), isNumber(record[`${name}_share`]) ? ` (${(100 * record[`${name}_share`]).toFixed(1)} %)` : null)));
   return html("div", {}, html("h3", {}, title), html("dl", { class: "pairs" }, rows));
 }
 
@@ -142,12 +152,12 @@ function renderCost(report) {
   const total = report.timing.reduce((sum, step) => sum + (step.seconds || 0), 0);
   replace(body, html("div", { class: "table-scroll narrow", tabindex: 0, role: "region", "aria-label": "Time of each step" }, html("table", {},
     html("caption", {}, "Wall-clock time of the steps that were finished before this report was written."), html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Step"), html("th", { scope: "col" }, "Time"), html("th", { scope: "col" }, "Share"), extra.map((name) => html("th", { scope: "col" }, words(name))))),
-    html("tbody", {}, report.timing.map((step) => html("tr", {}, html("th", { scope: "row" }, sentence(step.step)), html("td", {}, duration(step.seconds)),
+    html("tbody", {}, report.timing.map((step) => html("tr", {}, html("th", { scope: "row", class: "text" }, upper(step.step)), html("td", {}, duration(step.seconds)),
       html("td", {}, isNumber(step.seconds) && total ? `${((100 * step.seconds) / total).toFixed(1)} %` : "–"), extra.map((name) => html("td", {}, plain(step.facts[name])))))),
     html("tbody", {}, html("tr", {}, html("th", { scope: "row" }, "In all"), html("td", {}, duration(total)), html("td", {}, ""), extra.map(() => html("td", {}, "")))))));
 }
 
 function renderProvenance(report) {
   const rows = Object.entries({ dataset: report.dataset.hash, template: report.dataset.template, ...(isRecord(report.metrics.made_from) ? report.metrics.made_from : {}) });
-  replace(byId("provenance"), html("p", {}, "Made from, by hash:"), html("dl", {}, rows.map(([name, value]) => [html("dt", {}, words(name)), html("dd", {}, plain(value))])));
+  replace(byId("provenance"), html("p", {}, "Made from, by hash:"), html("dl", {}, rows.map(([name, value]) => [html("dt", {}, words(name)), html("dd", {}, html("code", {}, isHash(value) ? value : plain(value)))])));
 }

@@ -16,17 +16,20 @@ function placeOf(user, ranking) {
   return { rank, hit: rank <= HIT_CUT, text: rankText(rank), ties: first === last ? "" : `tied ${count(first)}–${count(last)}` };
 }
 
+// A tag may go to the next line without taking the last word along.
+const spaced = (tags) => tags.map((tag) => [" ", tag]);
+
 function itemNode(report, reference, tags = []) {
   const [title, brand, category, price, identifier] = report.items[reference];
   const meta = [brand, category, price].filter(Boolean).join(" · ");
-  return html("div", { class: "name" }, title || html("em", {}, `untitled item ${identifier}`), tags, meta ? html("div", { class: "meta" }, meta) : null);
+  return html("div", { class: "name" }, title || html("em", {}, `untitled item ${identifier}`), spaced(tags), meta ? html("div", { class: "meta" }, meta) : null);
 }
 
 function historyPanel(report, user) {
   const { items, earlier } = user.history;
   const hidden = Math.max(0, items.length - FIRST_SHOWN.history);
   const entries = items.map(([reference, date], index) => html("li", { hidden: index < hidden }, html("span", {}, count(earlier + index + 1)),
-    itemNode(report, reference, reference === user.target ? html("span", { class: "tag good" }, "the target, bought before") : []), html("span", { class: "side" }, html("span", {}, date))));
+    itemNode(report, reference, reference === user.target ? [html("span", { class: "tag good" }, "the target, bought before")] : []), html("span", { class: "side" }, html("span", {}, date))));
   const list = html("ol", { class: "items" }, entries);
   const more = hidden ? html("p", { class: "history-more" }, html("button", { type: "button", class: "link", onclick: () => {
     entries.forEach((entry) => { entry.hidden = false; });
@@ -80,7 +83,7 @@ function completionsPanel(report, user, ranking) {
     if (each.indices.length > 1) tags.push(html("span", { class: "tag" }, `${each.indices.length} times`));
     if (!each.finished) tags.push(html("span", { class: "tag" }, "no end within the limit"));
     return html("li", { id: `completion-${index}`, tabindex: -1, hidden: index >= FIRST_SHOWN.completions, class: each.target ? "is-target" : null }, html("span", {}, index + 1),
-      html("div", { class: "name" }, each.text || html("em", {}, "empty"), tags),
+      html("div", { class: "name" }, each.text || html("em", {}, "empty"), spaced(tags)),
       html("span", { class: "side" }, html("span", {}, isNumber(each.tokens) ? `${count(each.tokens)} ${each.tokens === 1 ? "token" : "tokens"}` : ""),
         html("b", { "data-label": "log-probability" }, isNumber(each.log_prob) ? each.log_prob.toFixed(2).replace("-", "−") : "–")));
   });
