@@ -7,10 +7,12 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from calrec_jax.data.prepare import prepare
 from calrec_jax.data.readers import read_2018
 from calrec_jax.data.shop import DAY, LAST_DAY, Oracle, Shop, load_oracle, simulate_category, write_shop
 from calrec_jax.data.shop_catalogue import ALWAYS, ROLES, build_catalogue, price_point
@@ -591,3 +593,26 @@ def test_due_peaks_at_the_cycle():
     due = shopper.due(np.arange(1, 9), np.array(3))
     assert due.argmax() == 2 and due[2] == pytest.approx(1.0) and due[-1] == pytest.approx(Rules().rest, abs=1e-6)
     assert shopper.due(np.array([0 - NEVER]), np.array(3)) == 0
+
+
+# --- with the rest of the project ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_prepared_targets_are_the_oracles(written, tmp_path, remove):
+    """Users, items and last purchases of the prepared dataset are the oracle's, whether repeats are removed or kept."""
+    paths = {"reviews": written.reviews[OFFICE], "metadata": written.metadata[OFFICE]}
+    dataset = prepare(tmp_path / "out", name="shop", **paths, remove_consecutive_repeats=remove, max_bad_share=0.1)
+    oracle, sales = load_oracle(written.oracles[OFFICE]), simulate_category(OFFICE, SMALL)
+    assert list(dataset.user_ids) == list(oracle.user_ids) and list(dataset.item_ids) == list(oracle.item_ids)
+    targets = [dataset.item_ids[dataset.target(user, "test")] for user in range(SMALL.users)]
+    assert targets == [sales.item_ids[history[-1]] for history in histories(sales.purchases)]
+    kept = sales.purchases.lengths.sum()
+    assert len(dataset.items) == kept if remove else len(dataset.items) > kept
+
+
+def test_the_document_states_the_rules_in_force():
+    text = (Path(__file__).parents[1] / "docs" / "synthetic_shop.md").read_text()
+    stated = dict(re.findall(r"^\| `(\w+)` \| ([\d., ]+) \|$", text, re.M))
+    in_force = {name: np.atleast_1d(value).tolist() for name, value in dataclasses.asdict(Rules()).items()}
+    assert {name: [float(number) for number in value.split(",")] for name, value in stated.items()} == in_force
