@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -65,11 +66,19 @@ class Binding:
 
 @dataclasses.dataclass
 class Config:
-    """What the files and flags say, in the order in which gin applies it."""
+    """What the files and flags say, in the order in which gin applies it.
+
+    Attributes:
+      bindings: every line that sets something.
+      macros_read: macro to where it is read first.
+      scopes_entered: scopes of references.
+      texts: source and text for gin, without includes, cut where one stood and with each line at its own number.
+    """
 
     bindings: list[Binding] = dataclasses.field(default_factory=list)
     macros_read: dict[str, str] = dataclasses.field(default_factory=dict)
     scopes_entered: set[str] = dataclasses.field(default_factory=set)
+    texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def check_scopes(self, known: Iterable[str]) -> None:
         """Raises a `CalrecError` if a binding's scope is neither in `known` nor entered by a reference."""
@@ -141,23 +150,16 @@ def load(
     _check_names(config, set(skip))
 
     gin.clear_config()
-    for folder in reversed(folders):
-        _search_first(folder)
+    for source, text in config.texts:
+        try:
+            gin.parse_config(text, skip_unknown=list(skip))
+        except (ValueError, SyntaxError, ImportError) as error:
+            raise CalrecError(_one_line(error).replace("bindings string", source)) from error
     try:
-        gin.parse_config_files_and_bindings(
-            [str(_find(file, folders, "--gin_file")) for file in files], list(bindings), skip_unknown=list(skip)
-        )
-    except (ValueError, OSError, SyntaxError, ImportError) as error:
-        raise CalrecError(f"gin: {_one_line(error)}") from error
+        gin.finalize()
+    except ValueError as error:
+        raise CalrecError(_one_line(error)) from error
     return config
-
-
-def _search_first(folder: str) -> None:
-    """Gin's list of search paths has no remover; a folder that is in it already is moved to the front by hand."""
-    prefixes = gin.config._LOCATION_PREFIXES
-    if folder in prefixes:
-        prefixes.remove(folder)
-    prefixes.insert(1, folder)  # after "", the path as given
 
 
 def _find(file: str, folders: Sequence[str], where: str) -> pathlib.Path:
@@ -185,12 +187,16 @@ def _read_file(config: Config, file: str, folders: Sequence[str], where: str, de
 
 def _read(config: Config, text: str, source: str, folders: Sequence[str], depth: int, *, flag: bool = False) -> None:
     references = _References(config)
+    lines, start = io.StringIO(text).readlines(), 0
     try:
         for statement in config_parser.ConfigParser(text, references):
             where = source if flag else f"{source}:{statement.location.line_num}"
             config.macros_read.update({name: where for name in references.macros if name not in config.macros_read})
             references.macros.clear()
             if isinstance(statement, config_parser.IncludeStatement):
+                end = statement.location.line_num - 1
+                config.texts.append((source, "\n" * start + "".join(lines[start:end])))
+                start = end + 1
                 _read_file(config, statement.filename, folders, where, depth + 1)
             elif isinstance(statement, config_parser.ImportStatement):
                 if statement.module.split(".")[0] != "calrec_jax":
@@ -199,6 +205,7 @@ def _read(config: Config, text: str, source: str, folders: Sequence[str], depth:
                 required = statement.value is _References._REQUIRED
                 scope, selector, parameter = statement.scope, statement.selector, statement.arg_name or ""
                 config.bindings.append(Binding(scope, selector, parameter, required, where))
+        config.texts.append((source, "\n" * start + "".join(lines[start:])))
     except (SyntaxError, ValueError, EOFError) as error:
         raise CalrecError(f"{source}: {_syntax(error)}{_QUOTES if flag else ''}") from error
     except Exception as error:  # tokenize.TokenError, which is the tokeniser's own class
@@ -212,7 +219,9 @@ _QUOTES = "; a text needs quotes of its own, as in --gin.NAME='\"text\"'"
 
 def _syntax(error: Exception) -> str:
     if isinstance(error, SyntaxError):
-        message = (error.msg or "").splitlines()[-1].strip().rstrip(".")  # the last line is gin's, any before it Python's
+        message = (
+            (error.msg or "").splitlines()[-1].strip().rstrip(".")
+        )  # the last line is gin's, any before it Python's
         return f"line {error.lineno}: {message}" if error.lineno else message
     return _one_line(error)
 

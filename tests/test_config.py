@@ -49,6 +49,18 @@ def test_later_files_override(tmp_path):
     assert probe() == (2, "a", None)
 
 
+def test_an_include_stands_where_it_is_written(tmp_path, load, caplog):
+    (tmp_path / "common.gin").write_text("config_probe.rate = 1\nconfig_probe.name = 'common'\n")
+    load(
+        "config_probe.rate = 0\n# one\u2028line\ninclude 'common.gin'\nconfig_probe.name = 'run'\n",
+        search_paths=[str(tmp_path)],
+    )
+    assert probe() == (1, "run", None)
+    with pytest.raises(CalrecError, match=r"In .*run.gin line 2"):
+        load("include 'common.gin'\nconfig_probe.inner = @nothing_here()\n", search_paths=[str(tmp_path)])
+    assert caplog.text == ""
+
+
 def test_scopes_and_references(load):
     loaded = load(
         "stage1/config_probe.rate = 8\n"
