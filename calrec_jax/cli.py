@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         bindings = [*bindings, f"RUN_DIR={os.path.expanduser(arguments.run_dir)!r}"]
     if getattr(arguments, "split", None):
         bindings = [*bindings, f"run.split={arguments.split!r}"]
-    modules = config.MODULES
+    modules: Sequence[str] = config.MODULES
     skip: Sequence[str] = config.TENSORFLOW_CONFIGURABLES
     if arguments.verb == "eval_tasks":
         modules, skip = (*modules, "calrec_jax.integrations.seqio_eval"), ()

@@ -1,4 +1,4 @@
-"""The whole line for real, on a small shop: interrupted, resumed, skipped, and refusing what does not belong together."""
+"""The whole line for real, on a small shop: interrupted, resumed, skipped, and refusing what does not fit together."""
 
 import contextlib
 import hashlib
@@ -129,7 +129,7 @@ def test_again_everything_is_skipped(run, capsys):
 @pytest.mark.parametrize(
     ("verb", "flags", "messages"),
     [
-        ("rank", ["--gin.rank.epsilon=0.5"], ["rankings/test-calrec holds a ranking", "setting epsilon", "asked for 0.5"]),
+        ("rank", ["--gin.rank.epsilon=0.5"], ["test-calrec holds a ranking", "setting epsilon", "asked for 0.5"]),
         ("vocab", ["--gin.vocab.vocab_size=500"], ["tokenizer holds a tokenizer", "there 600, asked for 500"]),
         ("prepare", ["--gin.prepare.min_length=4"], ["Home_and_Kitchen holds a dataset", "setting min_length"]),
         ("vocab", ["--gin.Template.attributes=('title',)"], ["holds a", "template"]),
