@@ -99,6 +99,7 @@ function renderResults(report) {
   const rows = orderedRows(metrics.rows || []);
   if (!rows.length) {
     replace(byId("results-table"), notice("No ranking has been evaluated yet: metrics.json holds no rows."));
+    byId("interval-plot").parentNode.remove();
     return;
   }
   const named = colours(rows);

@@ -85,12 +85,12 @@ function pairs(title, record) {
   return html("div", {}, html("h3", {}, title), html("dl", { class: "pairs" }, rows));
 }
 
-const share = (part, whole) => (isNumber(part) && whole > 0 ? `${((100 * part) / whole).toFixed(part && part / whole < 0.001 ? 3 : 1)} %` : "–");
+const share = (part, whole) => (!isNumber(part) || !(whole > 0) ? "–" : part > 0 && part / whole < 5e-5 ? "< 0.01 %" : `${((100 * part) / whole).toFixed(2)} %`);
 
 function dataTable(label, caption, head, rows) {
-  return html("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": label }, html("table", {},
-    html("caption", {}, caption), html("thead", {}, html("tr", {}, head.map((name, index) => html("th", { scope: "col", class: index ? null : "text" }, name)))),
-    html("tbody", {}, rows.map(([name, ...cells]) => html("tr", {}, html("th", { scope: "row", class: "text" }, name), cells.map((cell) => html("td", {}, cell)))))));
+  return html("div", {}, html("p", { class: "note" }, caption), html("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": label }, html("table", {},
+    html("thead", {}, html("tr", {}, head.map((name, index) => html("th", { scope: "col", class: index ? null : "text" }, name)))),
+    html("tbody", {}, rows.map(([name, ...cells]) => html("tr", {}, html("th", { scope: "row", class: "text" }, name), cells.map((cell) => html("td", {}, cell))))))));
 }
 
 // What each rule of preparation dropped. A rule counts one or more things, as `<thing>_in` and `<thing>_out`.
@@ -117,9 +117,9 @@ function linesTables(files) {
 
 function genericTable(title, records) {
   const columns = [...new Set(records.flatMap((record) => Object.keys(record)))];
-  return html("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": title }, html("table", {}, html("caption", {}, title),
+  return html("div", {}, html("h3", {}, title), html("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": title }, html("table", {},
     html("thead", {}, html("tr", {}, columns.map((name, index) => html("th", { scope: "col", class: records.every((record) => typeof record[name] === "number") && index ? null : "text" }, words(name))))),
-    html("tbody", {}, records.map((record) => html("tr", {}, columns.map((name) => html("td", { class: typeof record[name] === "number" ? null : "text" }, plain(record[name]))))))));
+    html("tbody", {}, records.map((record) => html("tr", {}, columns.map((name) => html("td", { class: typeof record[name] === "number" ? null : "text" }, plain(record[name])))))))));
 }
 
 function renderData(report) {
@@ -142,7 +142,7 @@ function renderData(report) {
     } else loose[name] = value;
   }
   if (Object.keys(loose).length) grids.unshift(pairs("In all", loose));
-  replace(body, rules, lines, html("div", { class: "card-grid" }, grids), tables);
+  replace(body, rules, lines, grids.length ? html("div", { class: "card-grid" }, grids) : null, tables);
 }
 
 function renderCost(report) {
@@ -150,8 +150,8 @@ function renderCost(report) {
   if (!report.timing.length) { replace(body, notice("No timings were recorded for this run.")); return; }
   const extra = [...new Set(report.timing.flatMap((step) => Object.keys(step.facts)))];
   const total = report.timing.reduce((sum, step) => sum + (step.seconds || 0), 0);
-  replace(body, html("div", { class: "table-scroll narrow", tabindex: 0, role: "region", "aria-label": "Time of each step" }, html("table", {},
-    html("caption", {}, "Wall-clock time of the steps that were finished before this report was written."), html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Step"), html("th", { scope: "col" }, "Time"), html("th", { scope: "col" }, "Share"), extra.map((name) => html("th", { scope: "col" }, words(name))))),
+  replace(body, html("p", { class: "note" }, "Wall-clock time of the steps that were finished before this report was written."), html("div", { class: "table-scroll narrow", tabindex: 0, role: "region", "aria-label": "Time of each step" }, html("table", {},
+    html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Step"), html("th", { scope: "col" }, "Time"), html("th", { scope: "col" }, "Share"), extra.map((name) => html("th", { scope: "col" }, words(name))))),
     html("tbody", {}, report.timing.map((step) => html("tr", {}, html("th", { scope: "row", class: "text" }, upper(step.step)), html("td", {}, duration(step.seconds)),
       html("td", {}, isNumber(step.seconds) && total ? `${((100 * step.seconds) / total).toFixed(1)} %` : "–"), extra.map((name) => html("td", {}, plain(step.facts[name])))))),
     html("tbody", {}, html("tr", {}, html("th", { scope: "row" }, "In all"), html("td", {}, duration(total)), html("td", {}, ""), extra.map(() => html("td", {}, "")))))));

@@ -54,10 +54,10 @@ function rankingPanel(report, user, ranking, place) {
     const from = source < 0 ? null : group < 0 ? `completion ${source + 1}`
       : html("button", { type: "button", class: "link", onclick: () => pointTo(group) }, `completion ${group + 1}`);
     return html("li", { class: reference === user.target ? "is-target" : null }, html("span", {}, index + 1), itemNode(report, reference, tags),
-      html("span", { class: "side" }, html("span", {}, from), html("b", { "data-label": "score" }, format(score))));
+      html("span", { class: "side" }, from ? html("span", {}, from) : null, html("b", { "data-label": "score" }, format(score))));
   });
   const shown = entry.top.some(([reference]) => reference === user.target);
-  const note = `The first ${count(entry.top.length)} of ${count(entry.depth)} ranked items, with the score of each and the completion that gave it, where there is one.` + (shown ? "" : ` The target: ${place.rank === null ? "" : "rank "}${place.text}.`);
+  const note = `The first ${count(entry.top.length)} of ${count(entry.depth)} ranked items, with their scores${completions ? " and the completions that gave them" : ""}.` + (shown ? "" : ` The target: ${place.rank === null ? "" : "rank "}${place.text}.`);
   return html("div", { class: "panel" }, html("h4", {}, `Ranking ${ranking}`), html("p", { class: "note" }, note), html("ol", { class: "items" }, rows));
 }
 
@@ -178,7 +178,7 @@ function renderUsers(report) {
     showList();
   } }, rankings.map((ranking) => html("option", { value: ranking }, ranking)))) : null;
   const notes = [`${count(users.length)} of ${count(report.sample.of)} users, drawn with seed ${report.sample.seed}`];
-  if (state.ranking) notes.push(`A hit has its target among the first ${HIT_CUT} of the chosen ranking. Half of these users are hits of ${report.sample.ranking} (as far as there are that many), so their share says nothing about the whole`);
+  if (state.ranking) notes.push(`A hit has its target among the first ${HIT_CUT} of the chosen ranking${users.length < report.sample.of ? `. Half of these users are hits of ${report.sample.ranking} (as far as there are that many), so their share says nothing about the whole` : ""}`);
   replace(body, html("p", { class: "note" }, notes.join(". ") + "."), announced,
     html("div", { class: "browser" }, html("div", { class: "browser-side" }, picker, search, filterHolder, list), detail));
   showFilter();

@@ -1,0 +1,1 @@
+"""Metrics, bootstrap intervals, baselines and the report."""
