@@ -105,28 +105,34 @@ def weighted_token_loss(
 def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
     order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
     table = embedding.astype(hidden.dtype)
+    turned = table.T
+    width = hidden.shape[-1]
 
     def body(index, carry):
         total, d_taken, d_embedding = carry
         h = jnp.take_along_axis(hidden, _columns(order, index, chunk)[..., None], axis=1)
-        target, weight = _columns(taken_targets, index, chunk), _columns(taken_weights, index, chunk)
-        logits = jnp.einsum("bcd,vd->bcv", h, table, preferred_element_type=jnp.float32)
-        # exp once: the softmax is both the normaliser and the gradient.
-        shifted = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        normaliser = shifted.sum(-1, keepdims=True)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        total += jnp.sum(weight * (jnp.log(normaliser[..., 0]) + logits.max(-1) - picked))
-        d_logits = shifted * (weight[..., None] / normaliser)
+        h2 = h.reshape(-1, width)
+        target = _columns(taken_targets, index, chunk).reshape(-1)
+        weight = _columns(taken_weights, index, chunk).reshape(-1)
+        # [V, places]: in this orientation all three products read their operands as they lie; the other one copies a
+        # transposed [places, V] for the table's gradient, which took as long as the products themselves on CPU.
+        logits = jnp.einsum("vd,nd->vn", table, h2, preferred_element_type=jnp.float32)
+        top = logits.max(0)
+        shifted = jnp.exp(logits - top)  # once: the normaliser and the gradient both need it
+        normaliser = shifted.sum(0)
+        picked = jnp.sum(h2.astype(jnp.float32) * jnp.take(embedding, target, axis=0), axis=-1)
+        total += jnp.sum(weight * (jnp.log(normaliser) + top - picked))
+        d_logits = (shifted * (weight / normaliser)).astype(h.dtype)
         # The −1 at the target is applied as rows of the table and of h: no one-hot of width V.
-        d_h = jnp.einsum("bcv,vd->bcd", d_logits.astype(h.dtype), table, preferred_element_type=jnp.float32)
-        d_h -= weight[..., None] * jnp.take(embedding, target, axis=0)
-        d_embedding += jnp.einsum("bcv,bcd->vd", d_logits.astype(h.dtype), h, preferred_element_type=jnp.float32)
-        d_embedding = d_embedding.at[target].add(-weight[..., None] * h.astype(jnp.float32))
-        return total, jax.lax.dynamic_update_slice_in_dim(d_taken, d_h, index * chunk, axis=1), d_embedding
+        d_h = jnp.einsum("dv,vn->dn", turned, d_logits, preferred_element_type=jnp.float32).T
+        d_h -= weight[:, None] * jnp.take(embedding, target, axis=0)
+        d_embedding += jnp.einsum("vn,nd->vd", d_logits, h2, preferred_element_type=jnp.float32)
+        d_embedding = d_embedding.at[target].add(-weight[:, None] * h2.astype(jnp.float32))
+        return total, jax.lax.dynamic_update_slice_in_dim(d_taken, d_h.reshape(h.shape), index * chunk, axis=1), d_embedding
 
     start = (
         jnp.zeros((), jnp.float32),
-        jnp.zeros((*order.shape, hidden.shape[-1]), jnp.float32),
+        jnp.zeros((*order.shape, width), jnp.float32),
         jnp.zeros(embedding.shape, jnp.float32),
     )
     total, d_taken, d_embedding = jax.lax.fori_loop(0, chunks, body, start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NEGATIVE = -1e30  # finite: a row that is all padding stays free of NaN
 
@@ -22,18 +23,25 @@ def rope_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.A
       base: wavelength base, e.g. 10,000.
 
     Returns:
-      (sin, cos), each [..., C/2] float32.
+      (sin, cos), each [..., C] float32: the C/2 angles, twice.
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
+    angle = positions.astype(jnp.float32)[..., None] * jnp.tile(frequency, 2)
     return jnp.sin(angle), jnp.cos(angle)
 
 
 def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates [..., heads, C] by angles [..., C/2] (shared by the heads)."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotates [..., heads, C] by angles [..., C] (shared by the heads).
+
+    The half-turn (first, second) → (−second, first) is a product with a constant matrix: splitting and concatenating the
+    halves took a tenth of a training step on CPU, where XLA does not vectorise a concatenation in the last axis.
+    """
+    half = x.shape[-1] // 2
+    eye = np.eye(half, dtype=np.float32)
+    zero = np.zeros_like(eye)
+    half_turn = jnp.asarray(np.block([[zero, eye], [-eye, zero]]), x.dtype)
     sin, cos = sin[..., None, :].astype(x.dtype), cos[..., None, :].astype(x.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return x * cos + (x @ half_turn) * sin
 
 
 def packed_attention(

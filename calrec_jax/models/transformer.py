@@ -132,9 +132,12 @@ class Block(nn.Module):
         residual = 1.0 / math.sqrt(2 * c.num_layers)  # keeps the residual stream's variance flat in depth (GPT-2)
         self.attention_norm, self.mlp_norm = RMSNorm(c.norm_epsilon), RMSNorm(c.norm_epsilon)
         self.query = Einsum((d, h, w), ("embed", "heads", "kv"), d)
-        self.key_value = Einsum((2, d, g, w), ("stack", "embed", "heads", "kv"), d)
+        # Each its own product: slices of a joint one cost a padded copy each in the backward pass.
+        self.key = Einsum((d, g, w), ("embed", "heads", "kv"), d)
+        self.value = Einsum((d, g, w), ("embed", "heads", "kv"), d)
         self.output = Einsum((h, w, d), ("heads", "kv", "embed"), h * w, residual)
-        self.gate_up = Einsum((2, d, f), ("stack", "embed", "mlp"), d)
+        self.gate = Einsum((d, f), ("embed", "mlp"), d)
+        self.up = Einsum((d, f), ("embed", "mlp"), d)
         self.down = Einsum((f, d), ("mlp", "embed"), f, residual)
         self.dropout = nn.Dropout(c.dropout_rate)
 
@@ -142,7 +145,7 @@ class Block(nn.Module):
         """Runs the block over a packed row, or over one step of N samples when `cache` holds (prefix, suffix) keys and values."""
         normed = self.attention_norm(x)
         query = self.query("...d,dhc->...hc", normed) * self.config.head_width**-0.5
-        key, value = self.key_value("...d,zdgc->z...gc", normed)
+        key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
         query = attention.apply_rope(query, context["sin"], context["cos"])
         key = attention.apply_rope(key, context["sin"], context["cos"])
         kv: Any = None
@@ -160,8 +163,8 @@ class Block(nn.Module):
             mixed = attention.shared_prefix_attention(query, prefix, context["prefix_mask"], suffix, written)
             kv = suffix
         x = x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic)
-        gate, up = self.gate_up("...d,zdf->z...f", self.mlp_norm(x))
-        hidden = ACTIVATIONS[self.config.activation](gate) * up
+        normed = self.mlp_norm(x)
+        hidden = ACTIVATIONS[self.config.activation](self.gate("...d,df->...f", normed)) * self.up("...d,df->...f", normed)
         return x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic), kv
 
 

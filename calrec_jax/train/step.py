@@ -32,7 +32,6 @@ LOGICAL_RULES = (
     ("heads", "model"),
     ("kv", None),
     ("layers", None),
-    ("stack", None),
     ("length", None),
 )
 Metrics = dict[str, jax.Array]
