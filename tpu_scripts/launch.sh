@@ -3,14 +3,14 @@
 #
 #   tpu_scripts/launch.sh --tpu=NAME --zone=ZONE [--project=PROJECT] [--dir=DIR] [--env=NAME=VALUE]… [--dry_run] -- COMMAND…
 #
-# Example: tpu_scripts/launch.sh --tpu=v5e-16 --zone=us-west4-a --dir=calrec_jax -- \
-#            .venv/bin/calrec train --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/nfs/sci
+# Example, the installation: tpu_scripts/launch.sh --tpu=v5e-16 --zone=us-west4-a -- make .venv/installed
+# and a run on a TPU VM of one host: … -- .venv/bin/calrec run --gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci
 #
 # --dir      folder of the checkout on each host, relative to the home there (default: calrec_jax)
 # --env      set on each host; repeatable
 # --dry_run  prints what would run, and runs nothing
 #
-# Needs gcloud, logged in. Every host gets the very same command, as multi-host JAX wants it; its exit status is the worst one.
+# Needs gcloud, logged in. Every host gets the very same command.
 set -euo pipefail
 
 fail() { echo "launch.sh: error: $1" >&2; exit 1; }
