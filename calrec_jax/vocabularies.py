@@ -1,9 +1,9 @@
 """The house's tokenizer as a SeqIO vocabulary: the same ids in Python and inside tf.data.
 
-Notable: `encode` and `decode` are the `Tokenizer`'s own, so what SeqIO prints and scores is what the rest of the line reads
-and writes; `encode_tf` runs TensorFlow Text on the same model and repeats the one thing the tokenizer adds to it (U+2581,
-which SentencePiece writes for a space, is encoded as its three bytes). A file is named rather than bytes, since SeqIO
-compares and copies vocabularies by their arguments.
+Notable: `encode` and `decode` are the `Tokenizer`'s own, so what SeqIO prints and scores is what the rest of the line
+reads and writes; `encode_tf` runs TensorFlow Text on the same model and repeats the one thing the tokenizer adds to it
+(U+2581, which SentencePiece writes for a space, is encoded as its three bytes). A file is named rather than bytes,
+since SeqIO compares and copies vocabularies by their arguments.
 """
 
 import functools
@@ -28,7 +28,7 @@ def _load(folder: str, manifest_hash: str) -> Tokenizer:
 class CalrecVocabulary(seqio.SentencePieceVocabulary):
     """A tokenizer folder as a `seqio.Vocabulary`: 0 pad, 1 EOS, 2 unknown, no BOS and no extra ids.
 
-    Two vocabularies are equal when their folders are and hold the same model.
+    Two vocabularies are equal when they hold the same model, wherever it lies.
 
     Args:
       folder: the tokenizer's, as `calrec vocab` wrote it.
@@ -98,10 +98,12 @@ class CalrecVocabulary(seqio.SentencePieceVocabulary):
     def _space_ids(self) -> np.ndarray:
         return np.asarray(self.calrec_tokenizer.encode(_SPACE), np.int32)
 
-    def __getstate__(self) -> dict:
-        state = super().__getstate__()
-        state.pop("_space_ids", None)  # made on demand; SeqIO compares vocabularies by their state
-        return state
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, CalrecVocabulary) and other.calrec_tokenizer.model == self.calrec_tokenizer.model
+        return bool(same)
+
+    def __hash__(self) -> int:
+        return hash(self.calrec_tokenizer.model)
 
     def __str__(self) -> str:
         return f"CalrecVocabulary({self._folder}, fingerprint={self.calrec_tokenizer.fingerprint[:12]})"
