@@ -12,23 +12,14 @@ from typing import Any
 
 import gin
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate import baselines as baseline_rankings
-from calrec_jax.evaluate import bootstrap
-from calrec_jax.evaluate.metrics import (
-    CUTOFFS,
-    NDCG_CUTOFFS,
-    TIES,
-    TargetRanks,
-    metric_names,
-    per_user_metrics,
-    target_ranks,
-)
+from calrec_jax.evaluate.metrics import CUTOFFS, NDCG_CUTOFFS, TIES, TargetRanks, metric_names, target_ranks
+from calrec_jax.evaluate.summary import ORACLE, Row, print_table, summarise
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.run import FROM_HISTORIES
 from calrec_jax.rank.run import KIND as RANKING
@@ -36,18 +27,7 @@ from calrec_jax.rank.shards import RankingReader
 
 KIND = "report"
 BASELINES = ("popularity", "last_item", "transitions", "bm25_last")
-ORACLE = "oracle"
 USERS = ("all", "ranked")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A row of the table: a ranking's name, its kind, and where it puts the targets."""
-
-    name: str
-    kind: str
-    ranks: TargetRanks
-    listed: np.ndarray  # [U] bool: who has a list
 
 
 @gin.configurable
@@ -127,13 +107,13 @@ def evaluate(
     histories = Histories(dataset, split)
     everyone = np.ones(len(dataset.user_ids), bool)
     rows = [
-        _Row(name, "baseline", baseline_rankings.source_ranks(source, histories), everyone)
+        Row(name, "baseline", baseline_rankings.source_ranks(source, histories), everyone)
         for name, source in baseline_rankings.baseline_sources(baselines, dataset, histories, bm25_text).items()
     ]
     rows += [_ranking_row(name, folder, manifests[name], dataset, histories) for name, folder in rankings.items()]
     if oracle is not None:
         rows.append(_oracle_row(oracle, dataset, histories, split))
-    metrics, per_user = _summary(rows, settings, dataset)
+    metrics, per_user = summarise(rows, settings, dataset)
     metrics["made_from"] = made_from
     out.mkdir(parents=True, exist_ok=True)
     with artifacts.atomic_file(out / "per_user.parquet") as temporary:
@@ -151,54 +131,6 @@ def evaluate(
     artifacts.write_manifest(out, kind=KIND, made_from=made_from, settings=settings, files=files)
     print_table(metrics)
     return metrics
-
-
-def _summary(rows: Sequence[_Row], settings: Mapping[str, Any], dataset: Dataset) -> tuple[dict[str, Any], pa.Table]:
-    """What `metrics.json` and `per_user.parquet` hold, from the ranks of all rows."""
-    cutoffs, ndcg_cutoffs, ties = settings["cutoffs"], settings["ndcg_cutoffs"], settings["ties"]
-    names = metric_names(cutoffs, ndcg_cutoffs)
-    population = np.ones(len(dataset.user_ids), bool)
-    if settings["users"] == "ranked":
-        population = np.logical_and.reduce([row.listed for row in rows])
-    if not population.any():
-        raise CalrecError("no user has a list in every ranking; rank the same users, or set evaluate.users='all'")
-    tables = {
-        way: [per_user_metrics(row.ranks, way, cutoffs, ndcg_cutoffs)[population] for row in rows] for way in TIES
-    }
-    bounds = bootstrap.intervals(
-        np.concatenate(tables[ties], axis=1),
-        resamples=settings["resamples"],
-        seed=settings["seed"],
-        level=settings["level"],
-    )
-    metrics = {
-        "dataset": dataset.name,
-        "split": settings["split"],
-        "users": int(population.sum()),
-        "population": settings["users"],
-        "items": len(dataset.item_ids),
-        "depth": min(row.ranks.depth for row in rows),
-        "ties": ties,
-        "bootstrap": {name: settings[name] for name in ("resamples", "level", "seed")},
-        "rows": [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "depth": row.ranks.depth,
-                "users_without_ranking": int((~row.listed[population]).sum()),
-                "targets_not_found": int((~row.ranks.found[population]).sum()),
-                "metrics": _named(names, tables[ties][number].mean(axis=0)),
-                "ties": {way: _named(names, tables[way][number].mean(axis=0)) for way in TIES},
-                "interval": _named(names, bounds[number * len(names) : (number + 1) * len(names)]),
-            }
-            for number, row in enumerate(rows)
-        ],
-    }
-    return metrics, _per_user(dataset.user_ids[population], rows, population, tables[ties], names)
-
-
-def _named(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
-    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _ranking_manifest(folder: pathlib.Path, dataset: Dataset, split: str) -> dict[str, Any]:
@@ -260,12 +192,12 @@ def ranking_ranks(
 
 def _ranking_row(
     name: str, folder: pathlib.Path, manifest: Mapping[str, Any], dataset: Dataset, histories: Histories
-) -> _Row:
+) -> Row:
     kind = "baseline" if manifest["settings"].get("source") in FROM_HISTORIES else "calrec"
-    return _Row(name, kind, *ranking_ranks(folder, dataset, histories, manifest.get("list_depth")))
+    return Row(name, kind, *ranking_ranks(folder, dataset, histories, manifest.get("list_depth")))
 
 
-def _oracle_row(path: pathlib.Path, dataset: Dataset, histories: Histories, split: str) -> _Row:
+def _oracle_row(path: pathlib.Path, dataset: Dataset, histories: Histories, split: str) -> Row:
     """The ceiling: the shop's own probabilities as a ranking. Items that it does not name have probability 0."""
     from calrec_jax.data.shop import load_oracle
 
@@ -287,29 +219,7 @@ def _oracle_row(path: pathlib.Path, dataset: Dataset, histories: Histories, spli
         probabilities = np.where(columns >= 0, np.asarray(oracle.probabilities)[rows[users]][:, columns], 0.0)
         part = target_ranks(histories.targets[users], probabilities)
         ranks.n_greater[users], ranks.n_equal[users], ranks.found[users] = part.n_greater, part.n_equal, part.found
-    return _Row(ORACLE, ORACLE, ranks, np.ones(len(rows), bool))
-
-
-def _per_user(
-    user_ids: np.ndarray,
-    rows: Sequence[_Row],
-    population: np.ndarray,
-    values: Sequence[np.ndarray],
-    names: Sequence[str],
-) -> pa.Table:
-    """A row a user and ranking; ranks are null for a miss."""
-    tables = []
-    for row, metrics in zip(rows, values, strict=True):
-        miss = ~row.ranks.found[population]
-        columns = {
-            "user_id": pa.array(user_ids, pa.string()),
-            "name": pa.array([row.name] * len(user_ids), pa.string()),
-            "rank_optimistic": pa.array(row.ranks.optimistic[population], pa.int64(), mask=miss),
-            "rank_pessimistic": pa.array(row.ranks.pessimistic[population], pa.int64(), mask=miss),
-            **{name: pa.array(metrics[:, column]) for column, name in enumerate(names)},
-        }
-        tables.append(pa.table(columns))
-    return pa.concat_tables(tables)
+    return Row(ORACLE, ORACLE, ranks, np.ones(len(rows), bool))
 
 
 def _completions_of(manifests: Mapping[str, dict[str, Any]], run_dir: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -323,32 +233,3 @@ def _completions_of(manifests: Mapping[str, dict[str, Any]], run_dir: pathlib.Pa
 
 def _training_of(run_dir: pathlib.Path) -> dict[str, pathlib.Path]:
     return {stage: run_dir / stage for stage in ("stage1", "stage2") if (run_dir / stage / "metrics.jsonl").exists()}
-
-
-def print_table(metrics: Mapping[str, Any]) -> None:
-    """Prints the rows of `metrics.json` as a table."""
-    import rich.box
-    import rich.console
-    import rich.table
-
-    shown = [name for name in metrics["rows"][0]["metrics"] if not name.startswith("ndcg@")]
-    headline = next((name for name in metrics["rows"][0]["metrics"] if name.startswith("ndcg@")), "mrr")
-    if headline not in shown:
-        shown.insert(-1, headline)
-    cut = f", lists of {metrics['depth']:,}" if metrics["depth"] < metrics["items"] else ""
-    table = rich.table.Table(
-        title=f"{metrics['dataset']}, {metrics['split']}: {metrics['users']:,} users, {metrics['items']:,} items{cut}; "
-        f"ties: {metrics['ties']}",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("ranking", no_wrap=True)
-    for name in shown:
-        table.add_column(name.replace("recall", "R").upper(), justify="right", no_wrap=True)
-    for row in metrics["rows"]:
-        cells = [f"{row['metrics'][name]:.4f}" for name in shown]
-        low, high = row["interval"][headline]
-        cells[shown.index(headline)] += f" [{low:.4f}, {high:.4f}]"
-        style = {"calrec": "bold", ORACLE: "dim"}.get(row["kind"])
-        table.add_row(row["name"], *cells, style=style)
-    rich.console.Console().print(table)

@@ -75,6 +75,7 @@ def rank(
         a ranking made otherwise.
     """
     _check_settings(source, fill, leave_out_history, depth, fuse)
+    histories = Histories(dataset, split)
     out = pathlib.Path(out)
     tokenizer = BM25Tokenizer()
     folders = {} if source != "fusion" else {name: out.parent / f"{split}-{name}" for name in dict(fuse or {})}
@@ -93,7 +94,6 @@ def rank(
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
         return out
-    histories = Histories(dataset, split)
     index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
     users = np.arange(len(dataset.user_ids))
     if source in FROM_COMPLETIONS:
