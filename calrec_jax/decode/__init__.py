@@ -1,0 +1,1 @@
+"""From prompts to completions: sampling, the catalogue's trie, beam search, tower embeddings, shards."""

@@ -1,0 +1,87 @@
+"""The trie of token sequences against a dictionary of dictionaries."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calrec_jax.decode.trie import Trie, build_trie
+from calrec_jax.errors import CalrecError
+
+EOS = 1
+SEQUENCES = st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=6), min_size=1, max_size=25)
+
+
+def flat(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
+    return np.array([t for s in sequences for t in s], np.int32), offsets
+
+
+def walk(trie: Trie, node: int = 0, path: tuple[int, ...] = ()) -> dict[tuple[int, ...], list[int]]:
+    """Path (EOS included) to the items of every leaf, by walking the edges."""
+    tokens, nodes = trie.children(node)
+    begin, end = trie.node_leaves[node]
+    if not len(tokens):
+        assert end == begin + 1
+        assert trie.leaf_lengths[begin] == len(path)
+        return {path: trie.leaf_items[trie.leaf_offsets[begin] : trie.leaf_offsets[begin + 1]].tolist()}
+    assert (np.diff(tokens) > 0).all()
+    found: dict[tuple[int, ...], list[int]] = {}
+    for token, child in zip(tokens.tolist(), nodes.tolist(), strict=True):
+        found |= walk(trie, child, (*path, token))
+    assert len(found) == end - begin
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEQUENCES)
+def test_every_sequence_and_nothing_else_is_in_the_trie(sequences):
+    trie = build_trie(*flat(sequences), EOS)
+    expected: dict[tuple[int, ...], list[int]] = {}
+    for item, sequence in enumerate(sequences):
+        expected.setdefault((*sequence, EOS), []).append(item)
+    assert walk(trie) == expected
+    assert len(trie.edge_tokens) == len(trie.child_offsets) - 2 == trie.level_offsets[-1] - 1
+    prefixes = {path[:n] for path in expected for n in range(len(path) + 1)}
+    assert len(trie.node_leaves) == len(prefixes)
+    assert trie.depth == max(map(len, expected))
+    for level in range(trie.depth + 1):
+        nodes = [p for p in prefixes if len(p) == level]
+        assert trie.level_offsets[level + 1] - trie.level_offsets[level] == len(nodes)
+        assert trie.fan_out(level) == max(sum(q[:-1] == p for q in prefixes if q) for p in nodes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEQUENCES, st.lists(st.integers(2, 5), max_size=3))
+def test_root_path_is_the_common_beginning(sequences, common):
+    sequences = [common + s for s in sequences]
+    trie = build_trie(*flat(sequences), EOS)
+    paths = [(*s, EOS) for s in sequences]
+    shortest = min(map(len, paths)) - 1
+    same = next((i for i in range(shortest) if len({p[i] for p in paths}) > 1), shortest)
+    assert trie.root_path.tolist() == list(paths[0][:same])
+
+
+def test_token_ids_of_two_bytes_and_more_sort_as_numbers():
+    for high in (300, 70_000):
+        trie = build_trie(*flat([[high], [2], [256]]), EOS)
+        assert trie.children(0)[0].tolist() == [2, 256, high]
+
+
+def test_a_catalogue_of_real_size_takes_no_time():
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(2, 4096, rng.integers(5, 40)).tolist() for _ in range(4385)]
+    arrays = flat(sequences)
+    began = time.process_time()
+    trie = build_trie(*arrays, EOS)
+    assert time.process_time() - began < 1.0
+    assert len(trie.leaf_items) == 4385
+
+
+def test_bad_catalogues_are_named():
+    with pytest.raises(CalrecError, match="no items"):
+        build_trie(np.zeros(0, np.int32), np.zeros(1, np.int64), EOS)
+    with pytest.raises(CalrecError, match="item 1 holds the EOS"):
+        build_trie(*flat([[3, 4], [3, EOS]]), EOS)
