@@ -49,6 +49,41 @@ class Prompts:
         return out
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenPrompts:
+    """Prompts of some of a dataset's U users that were tokenised elsewhere, as by the SeqIO tasks.
+
+    Attributes:
+      user_ids: [U] object (str).
+      values: int32, all prompts end to end, their start tokens included.
+      offsets: [U+1] int64 into `values`; a user without a prompt has none of them.
+      dropped_items: history items that did not fit, as far as is known here.
+    """
+
+    user_ids: np.ndarray
+    values: np.ndarray
+    offsets: np.ndarray
+    dropped_items: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[U] int64, tokens of each prompt."""
+        return np.diff(self.offsets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all prompts."""
+        return hashlib.sha256(self.offsets.tobytes() + self.values.tobytes()).hexdigest()
+
+    def tokens(self, users: np.ndarray, length: int) -> np.ndarray:
+        """[B, L] int32 prompts of these users, filled up with 0 at the end; `length` is L."""
+        inside = np.arange(length) < self.lengths[users][:, None]
+        out = np.zeros(inside.shape, np.int32)
+        rows, places = np.nonzero(inside)
+        out[rows, places] = self.values[self.offsets[users][rows] + places]
+        return out
+
+
 @numba.njit(cache=True)
 def _fill(out, start, end, items, tokens, offsets, frame, following):  # pragma: no cover (compiled)
     for row in range(out.shape[0]):

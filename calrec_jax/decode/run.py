@@ -42,7 +42,7 @@ class Decoder(Protocol):
         """Completes [B, L] prompts of [B] lengths; [B, 2] words seed the users' random streams."""
 
 
-@gin.configurable(denylist=["out", "dataset", "tokenizer", "checkpoint", "split"])
+@gin.configurable(denylist=["out", "dataset", "tokenizer", "checkpoint", "split", "prompts"])
 def decode(
     out: Path,
     dataset: Dataset,
@@ -61,6 +61,7 @@ def decode(
     seed: int = 0,
     max_users: int | None = None,
     with_embeddings: bool = True,
+    prompts: prompting.GivenPrompts | None = None,
 ) -> Path:
     """Writes completions for the users of a split (docs/architecture.md, "Completions").
 
@@ -81,6 +82,7 @@ def decode(
       seed: of all random streams; a user's depends on it and on the user's id alone.
       max_users: the first so many users of a seeded permutation, for quick comparisons; None is all.
       with_embeddings: whether to write v_U of each user and v_T of each item.
+      prompts: in place of those made from the dataset; users who have none are left out.
 
     Returns:
       `out`.
@@ -110,6 +112,8 @@ def decode(
     else:
         settings |= {"num_beams": num_beams, "renormalise": renormalise}
     _check_positive(settings)
+    if prompts is not None:
+        settings["prompts"] = prompts.fingerprint
     made_from = {"dataset": dataset.hash, "tokenizer": tokenizer.fingerprint, "checkpoint": facts["hash"]}
     if artifacts.is_done(out, kind="completions", made_from=made_from, settings=settings):
         print(f"decode: {out} is done already, skipped")
@@ -138,13 +142,16 @@ def decode(
         request=request,
         dataset=dataset,
         tokenizer=tokenizer,
-        prompts=prompting.build_prompts(dataset, catalogue, split=split, max_history_tokens=budget),
+        prompts=prompts
+        if prompts is not None
+        else prompting.build_prompts(dataset, catalogue, split=split, max_history_tokens=budget),
         decoder=decoder,
         trie=trie,
         batch_users=batch_users,
         with_embeddings=with_embeddings,
     )
-    written = writer.write(_chosen(dataset, max_users, seed), shard_users)
+    users = _chosen(dataset, max_users, seed)
+    written = writer.write(users[writer.prompts.lengths[users] > 0], shard_users)
     if with_embeddings:
         vectors = item_embeddings(model, params, catalogue, decoder.compiled)
         shards.write_item_embeddings(out, dataset.item_ids, vectors, request)
@@ -220,7 +227,7 @@ class _Writer:
     request: str
     dataset: Dataset
     tokenizer: Tokenizer
-    prompts: prompting.Prompts
+    prompts: prompting.Prompts | prompting.GivenPrompts
     decoder: Decoder
     trie: Trie | None
     batch_users: int
