@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
-from calrec_jax.tasks import preprocessors
+from calrec_jax.tasks import metrics, preprocessors
 from calrec_jax.tasks.source import CalrecDataSource, CatalogueSpace
 from calrec_jax.vocabularies import CalrecVocabulary
 
@@ -64,7 +64,7 @@ def register_dataset(
       tokenizer_folder: as `calrec vocab` wrote it.
       name: of the task, without the prefix; None: the dataset's.
       max_target_tokens: most tokens of an item, EOS included; longer texts are cut.
-      metric_fns: SeqIO metric functions beside `calrec_jax.tasks.metrics`' ranking metrics.
+      metric_fns: SeqIO metric functions beside `metrics.RankingMetrics`.
 
     Returns:
       The task's name.
@@ -99,7 +99,8 @@ def register_dataset(
             functools.partial(preprocessors.trim_history, max_target_tokens=max_target_tokens),
         ],
         output_features=preprocessors.output_features(vocabulary),
-        metric_fns=list(metric_fns),
+        postprocess_fn=metrics.Postprocessor(source),
+        metric_fns=[metrics.RankingMetrics(source), *metric_fns],
     )
     return task
 

@@ -78,7 +78,7 @@ class CalrecDataSource(seqio.DataSource):
     * `items`: int32 [n + 1], numbers of the history's items and of the target;
     * `target_user`, `target_text`: int32 scalars, numbers of the user and of the target's tokens (equal texts are
       equal);
-    * `user_id`: string scalar.
+    * `user_id`, `split`: string scalars.
 
     "train" has the users with two training items or more, and predicts the last of them; "validation" and "test" have
     all users.
@@ -178,6 +178,7 @@ class CalrecDataSource(seqio.DataSource):
                 "target_user": tf.cast(user, tf.int32) + user_base,
                 "target_text": tf.gather(tensors["text_ids"], items[-1]),
                 "user_id": tf.gather(tensors["user_ids"], user),
+                "split": tf.constant(split),
             }
 
         return example
