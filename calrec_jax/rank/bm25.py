@@ -18,12 +18,12 @@ from collections.abc import Sequence
 
 import bm25s
 import gin
-import numba
 import numpy as np
 
 from calrec_jax import artifacts
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
+from calrec_jax.rank.compiled import compiled
 
 _TOKEN = re.compile(r"\w+")
 # NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.
@@ -91,7 +91,7 @@ class BM25Tokenizer:
         return _TOKEN.findall(text)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_token_scores(data, indices, indptr, tokens, starts, scores):  # pragma: no cover (compiled)
     for row in range(len(starts) - 1):
         for position in range(starts[row], starts[row + 1]):

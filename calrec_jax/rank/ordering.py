@@ -8,8 +8,9 @@ else: where the two keys differ but float32 could not tell, the lower one gets t
 import dataclasses
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from calrec_jax.rank.compiled import compiled
 
 _TINY = np.float32(np.finfo(np.float32).tiny)  # below it lie the subnormals, which some libraries take for zero
 
@@ -56,7 +57,7 @@ class Ordered(NamedTuple):
     ties_beyond_depth: np.ndarray
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _order(primary, secondary, items, scores):  # pragma: no cover (compiled)
     num_rows, num_items = primary.shape
     for row in range(num_rows):

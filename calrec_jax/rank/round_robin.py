@@ -12,11 +12,11 @@ once over all users as long as the texts still to be used fit the bank's memory.
 import dataclasses
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.bm25 import BM25Index
+from calrec_jax.rank.compiled import compiled
 from calrec_jax.rank.ordering import Scores
 
 EPSILON = 1 / 5000
@@ -160,7 +160,7 @@ class TextBank:
         self._slot_of[codes] = -1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _combine(rows, slots, weights, completions, starts, best, first_choices, sources):  # pragma: no cover (compiled)
     num_items = rows.shape[1]
     for user in range(len(starts) - 1):
