@@ -80,13 +80,21 @@ class Config:
     scopes_entered: set[str] = dataclasses.field(default_factory=set)
     texts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def check_scopes(self, known: Iterable[str]) -> None:
-        """Raises a `CalrecError` if a binding's scope is neither in `known` nor entered by a reference."""
+    def check_scopes(self, known: Iterable[str], selector: str | None = None) -> None:
+        """Raises a `CalrecError` if a binding's scope is neither in `known` nor entered by a reference.
+
+        Args:
+          known: scopes that the run enters.
+          selector: look at this configurable's bindings alone, which the run calls in `known`.
+        """
         names = {*known, *self.scopes_entered}
         for binding in self.bindings:
+            if selector is not None and binding.selector.rsplit(".", 1)[-1] != selector:
+                continue
             for scope in binding.scope.split("/") if binding.scope else ():
                 if scope not in names:
-                    raise CalrecError(f"{binding.where}: nothing uses the scope {scope}/{_nearest(scope, names)}")
+                    what = f"{selector} in the scope" if selector is not None else "the scope"
+                    raise CalrecError(f"{binding.where}: nothing uses {what} {scope}/{_nearest(scope, names)}")
 
     def check_not_bound(self, selector: str, parameters: Iterable[str], reason: str) -> None:
         """Raises a `CalrecError` if one of `parameters` is bound, since the caller passes them itself."""
@@ -271,5 +279,5 @@ def _check_names(config: Config, skip: set[str]) -> None:
 def _nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean …?` with at most three of `names`, or nothing."""
     folded = {other.lower(): other for other in names}
-    close = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
+    close = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -102,6 +102,8 @@ class Line:
     def check(self, config: Config) -> None:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
         config.check_scopes([*self.stages, *self.decodes, *self.rankings])
+        for selector, scopes in (("train", self.stages), ("decode", self.decodes), ("rank", self.rankings)):
+            config.check_scopes(scopes, selector)
         for selector, parameters in _PASSED.items():
             config.check_not_bound(selector, parameters, _FROM_LINE)
 

@@ -16,7 +16,7 @@ from calrec_jax import artifacts, cli
 
 SMALL = [
     "--gin.Shop.users=150",
-    "--gin.Shop.items=100",
+    "--gin.Shop.items=120",
     "--gin.vocab.vocab_size=600",
     "--gin.train.num_steps=4",
     "--gin.train.eval_every=4",
@@ -132,7 +132,7 @@ def test_again_everything_is_skipped(run, capsys):
         ("rank", ["--gin.rank.epsilon=0.5"], ["test-calrec holds a ranking", "setting epsilon", "asked for 0.5"]),
         ("vocab", ["--gin.vocab.vocab_size=500"], ["tokenizer holds a tokenizer", "there 600, asked for 500"]),
         ("prepare", ["--gin.prepare.min_length=4"], ["Home_and_Kitchen holds a dataset", "setting min_length"]),
-        ("vocab", ["--gin.Template.attributes=('title',)"], ["holds a", "template"]),
+        ("vocab", ["--gin.Template.attributes=('title',)"], ["'Home_and_Kitchen' was made with another template"]),
         ("train", ["--gin.OptimizerConfig.learning_rate=0.1"], ["stage1 holds a", "learning_rate"]),
         ("quickstart", ["--gin.Shop.seed=1"], ["raw holds a shop that is not the one asked for", "seed"]),
         ("rank", ["--gin.rank.epsilom=0.5"], ["rank has no setting epsilom; did you mean epsilon?"]),

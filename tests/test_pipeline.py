@@ -228,6 +228,9 @@ def test_bindings_that_the_run_would_not_read(line, tmp_path):
             line.check(config.load([], [f"{scope}/pipeline_probe.rate=2"], modules=()))
         with pytest.raises(CalrecError, match=r"nothing uses the scope sampel/; did you mean sample"):
             line.check(config.load([], ["sampel/pipeline_probe.rate=2"], modules=()))
+        loaded = config.Config([config.Binding("sample", "rank", "epsilon", False, "run.gin:3")])
+        with pytest.raises(CalrecError, match=r"run.gin:3: nothing uses rank in the scope sample/"):
+            line.check(loaded)  # `sample` is a decode; its ranking is called `calrec`
 
 
 def test_the_layout_is_the_documented_one(tmp_path):
