@@ -43,6 +43,11 @@ class RunLayout:
         return self.root / ("report" if split == "test" else f"report-{split}")
 
     @property
+    def eval_tasks(self) -> pathlib.Path:
+        """What `calrec eval_tasks` decodes and measures."""
+        return self.root / "eval_tasks"
+
+    @property
     def timing(self) -> pathlib.Path:
         """Seconds of each step, added up over resumed runs."""
         return self.root / "timing.json"

@@ -185,6 +185,32 @@ class Line:
                 oracle=oracle if self.split == "test" and oracle.exists() else None,
             )
 
+    def eval_tasks(self, name: str | None = None) -> None:
+        """Evaluates SeqIO tasks as the ranking `name` does it; None is the first one that ranks completions.
+
+        What it decodes and its metrics lie in `eval_tasks/` of the run folder. The default task is the target's.
+        """
+        from calrec_jax.integrations.seqio_eval import eval_tasks
+
+        names = {ranking: decode for ranking, decode in self.rankings.items() if decode is not None}
+        if not names or not self.stages:
+            raise CalrecError(
+                "run.rankings names no decode, or run.stages is empty, so there is nothing to evaluate with"
+            )
+        name = next(iter(names)) if name is None else name
+        self._check_name(name, names, "run.rankings")
+        target_first = dict.fromkeys([self.target, *self.categories])
+        with self.step(f"eval_tasks {self.split}", self.layout.eval_tasks):
+            eval_tasks(
+                self.layout.eval_tasks,
+                [self.layout.dataset(category) for category in target_first],
+                self.layout.tokenizer,
+                self.layout.stage(self.stages[-1]),
+                split=self.split,
+                decode_scope=names[name],
+                rank_scope=name,
+            )
+
     def steps(self) -> list[Callable[[], None]]:
         """The whole line, in order."""
         return [

@@ -172,6 +172,18 @@ def test_prepare_without_raw_files(tmp_path, capsys):
     assert "Home_and_Kitchen_5.json.gz" in capsys.readouterr().err
 
 
+def test_seqio_gives_the_same_numbers(run, capsys):
+    folder, _ = run
+    assert calrec("eval_tasks", folder, "--gin_file=runs/quickstart.gin") == 0, capsys.readouterr().err
+    found = artifacts.read_json(folder / "eval_tasks" / "metrics.json")
+    (result,) = found["tasks"].values()
+    rows = artifacts.read_json(folder / "report" / "metrics.json")["rows"]
+    (expected,) = (row["metrics"] for row in rows if row["name"] == "calrec")
+    assert result["users"] == 150
+    for name in ("recall@1", "recall@10", "ndcg@10", "mrr"):
+        assert result["metrics"][name] == pytest.approx(expected[name], abs=1e-12), name
+
+
 def digests(folder: pathlib.Path, pattern="*"):
     """Name to hash of every file, but the times."""
     files = [path for path in sorted(folder.rglob(pattern)) if path.is_file() and path.name != "timing.json"]

@@ -53,6 +53,7 @@ def rooms(monkeypatch):
     module("train.loop", train=recorder.room("train"))
     module("decode.run", decode=recorder.room("decode"))
     module("rank.run", rank=recorder.room("rank"))
+    module("integrations.seqio_eval", eval_tasks=recorder.room("eval_tasks"))
     module("evaluate.run", evaluate=recorder.room("evaluate"))
     pipeline._load_dataset_cached.cache_clear()
     yield recorder
@@ -176,6 +177,21 @@ def test_other_splits_stages_and_files(rooms, line, tmp_path):
     assert by_verb["evaluate"][2]["oracle"] is None, "the shop's oracle knows the last purchase, the test target"
     dataclasses.replace(changed, split="test").evaluate()
     assert rooms.calls[-1][3]["oracle"] == oracle
+
+
+def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
+    line.eval_tasks()
+    line.eval_tasks("beam")
+    (_, out, inputs, first, _), (_, _, _, second, _) = rooms.calls
+    root = RunLayout(pathlib.Path(line.run_dir))
+    assert out == root.root / "eval_tasks"
+    assert inputs == ([root.dataset("Toys"), root.dataset("Games")], root.tokenizer, root.stage("stage2"))
+    assert first == {"split": "test", "decode_scope": "sample", "rank_scope": "calrec"}
+    assert second == {"split": "test", "decode_scope": "beam", "rank_scope": "beam"}
+    with pytest.raises(CalrecError, match="--name=blend is not in run.rankings, which has calrec, beam"):
+        line.eval_tasks("blend")
+    with pytest.raises(CalrecError, match="names no decode"):
+        dataclasses.replace(line, rankings={"blend": None}).eval_tasks()
 
 
 @pytest.mark.parametrize(
