@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from decoding_reference import EOS, padded, teacher_forced, tiny_model
+from decoding_reference import EOS, log_distributions, padded, teacher_forced, tiny_model
 from scipy import stats
 
 from calrec_jax.decode.prompts import user_words
@@ -113,8 +113,6 @@ def test_streams_differ_by_user_and_seed(tiny):
 def test_first_tokens_follow_the_model(tiny):
     """The first token's distribution over many samples of one user, and the second's after the most frequent first."""
     model, params = tiny
-    from decoding_reference import log_distributions
-
     many = sampler(model, params, num_samples=4000, max_new_tokens=2, temperature=0.5)
     tokens = many(*padded(PROMPTS[:1], 6), user_words(USERS[:1])).tokens[0]
 

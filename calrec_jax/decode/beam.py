@@ -34,7 +34,7 @@ class BeamSearch:
     """Finds the items of the highest probability for each user of a batch.
 
     With `renormalise`, the model's probabilities are renormalised over each node's children: tokens without an
-    alternative cost nothing, the probabilities of all items sum to 1, and a hypothesis with one item left is complete at
+    alternative cost nothing, all items sum to 1, and a hypothesis with one item left is complete at
     once. Without, a score is the plain log-probability of the item's tokens and EOS under the model.
 
     Args:

@@ -1,8 +1,8 @@
 """Temperature sampling of N completions a user from one prefill.
 
-Notable: a draw is an inverse CDF in two levels (sums of 64 columns of the vocabulary, then inside one column), which needs one
-random number where the Gumbel trick needs V; a user's random numbers depend on (seed, user, step) alone; the suffix's keys
-and values grow by a phase of tokens at a time, so that short completions do not pay for the longest allowed.
+Notable: a draw is an inverse CDF in two levels (sums of 64 columns of the vocabulary, then inside one column), which
+needs one random number where the Gumbel trick needs V; a user's random numbers depend on (seed, user, step) alone; the
+suffix's keys and values grow by a phase of tokens at a time, so that short completions do not pay for long ones.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Completed(NamedTuple):
 
 
 class Compiled:
-    """Functions compiled ahead of their first call, once for each set of shapes, so that the seconds it takes are known."""
+    """Functions compiled ahead of their first call, once for each set of shapes, and the seconds it takes."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -66,7 +66,7 @@ class Compiled:
 def draw(logits: jax.Array, uniforms: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
     """Draws from softmax(logits / temperature) by inverse CDF.
 
-    The vocabulary is laid out as a table of 64 columns; a uniform number first finds its column, then its token inside it.
+    The vocabulary is laid out as a table of 64 columns; a uniform number first finds its column, then a token of it.
 
     Args:
       logits: [V] float32.
@@ -109,7 +109,7 @@ class Samples(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """What all samples of a user share: keys and values, which places are real [B, L], tokens read [B], and `user_words`."""
+    """What a user's samples share: keys and values, real places [B, L], tokens read [B], and `user_words` [B, 2]."""
 
     prefix: KeyValues
     mask: jax.Array

@@ -1,8 +1,8 @@
 """The trie of a catalogue's token sequences, as flat arrays.
 
-Notable: it is built level by level from the lexicographically sorted sequences, without a loop over items. Nodes are numbered
-breadth first and siblings by token, so the edges of a node are contiguous and edge e always leads to node e + 1; the
-sequences below a node are contiguous in the sorted order, so a node is also a range of leaves.
+Notable: it is built level by level from the lexicographically sorted sequences, without a loop over items. Nodes are
+numbered breadth first and siblings by token, so the edges of a node are contiguous and edge e always leads to node
+e + 1; the sequences below a node are contiguous in the sorted order, so a node is also a range of leaves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Trie:
     """All token sequences of a catalogue, EOS included. Node 0 is the root; a leaf is a distinct sequence.
 
     Attributes:
-      child_offsets: [nodes + 1] int32; node n's edges are `[child_offsets[n], child_offsets[n + 1])`, leading to nodes e + 1.
+      child_offsets: [nodes + 1] int32; node n's edges e are `[child_offsets[n], child_offsets[n + 1])`, to nodes e + 1.
       edge_tokens: [nodes − 1] int32, ascending within a node.
       node_leaves: [nodes, 2] int32, the range of leaves below a node.
       level_offsets: [levels + 1] int64; nodes of depth d are `[level_offsets[d], level_offsets[d + 1])`.
