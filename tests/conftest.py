@@ -1,8 +1,14 @@
 """Fixtures that several test files share."""
 
 import dataclasses
+import os
 import pathlib
 import types
+
+# Before JAX starts. Tests compile a lot and compute little: LLVM's expensive passes take most of their time.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import numpy as np
 import pytest
