@@ -57,8 +57,8 @@ def eval_tasks(
       checkpoint: folder of a finished training stage.
       task: name of the task or mixture; None: the task of the first dataset.
       split: "validation" or "test".
-      decode_scope: gin scope whose bindings of `decode` are used.
-      rank_scope: gin scope whose bindings of `rank` are used; a source that needs more than completions cannot be.
+      decode_scope: gin scope whose bindings of `decode` are used; None: those without a scope.
+      rank_scope: the same of `rank`; a source that needs more than completions cannot be.
       num_examples: the first so many users alone, for a quick look; None is all.
 
     Returns:
@@ -190,7 +190,8 @@ def _evaluate(
 
 
 def _scope(name: str | None) -> contextlib.AbstractContextManager:
-    return gin.config_scope(name) if name else contextlib.nullcontext()
+    """A gin scope of its own, not one inside the scope that is entered already."""
+    return gin.config_scope([name] if name else [])
 
 
 def _print_table(found: dict[str, Any]) -> None:
