@@ -42,10 +42,9 @@ class RunLayout:
         """The report; that of the test split, which is the one to show, has the plain name."""
         return self.root / ("report" if split == "test" else f"report-{split}")
 
-    @property
-    def eval_tasks(self) -> pathlib.Path:
-        """What `calrec eval_tasks` decodes and measures."""
-        return self.root / "eval_tasks"
+    def eval_tasks(self, split: str, name: str) -> pathlib.Path:
+        """What `calrec eval_tasks` decodes and measures as the ranking named `name`."""
+        return self.root / "eval_tasks" / f"{split}-{name}"
 
     @property
     def timing(self) -> pathlib.Path:

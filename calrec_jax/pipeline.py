@@ -188,7 +188,8 @@ class Line:
     def eval_tasks(self, name: str | None = None) -> None:
         """Evaluates SeqIO tasks as the ranking `name` does it; None is the first one that ranks completions.
 
-        What it decodes and its metrics lie in `eval_tasks/` of the run folder. The default task is the target's.
+        What it decodes and its metrics lie in `eval_tasks/<split>-<name>/` of the run folder. The default task is the
+        target's.
         """
         from calrec_jax.integrations.seqio_eval import eval_tasks
 
@@ -200,9 +201,10 @@ class Line:
         name = next(iter(names)) if name is None else name
         self._check_name(name, names, "run.rankings")
         target_first = dict.fromkeys([self.target, *self.categories])
-        with self.step(f"eval_tasks {self.split}", self.layout.eval_tasks):
+        out = self.layout.eval_tasks(self.split, name)
+        with self.step(f"eval_tasks {self.split}-{name}", out):
             eval_tasks(
-                self.layout.eval_tasks,
+                out,
                 [self.layout.dataset(category) for category in target_first],
                 self.layout.tokenizer,
                 self.layout.stage(self.stages[-1]),

@@ -175,7 +175,7 @@ def test_prepare_without_raw_files(tmp_path, capsys):
 def test_seqio_gives_the_same_numbers(run, capsys):
     folder, _ = run
     assert calrec("eval_tasks", folder, "--gin_file=runs/quickstart.gin") == 0, capsys.readouterr().err
-    found = artifacts.read_json(folder / "eval_tasks" / "metrics.json")
+    found = artifacts.read_json(folder / "eval_tasks" / "test-calrec" / "metrics.json")
     (result,) = found["tasks"].values()
     rows = artifacts.read_json(folder / "report" / "metrics.json")["rows"]
     (expected,) = (row["metrics"] for row in rows if row["name"] == "calrec")

@@ -184,7 +184,7 @@ def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
     line.eval_tasks("beam")
     (_, out, inputs, first, _), (_, _, _, second, _) = rooms.calls
     root = RunLayout(pathlib.Path(line.run_dir))
-    assert out == root.root / "eval_tasks"
+    assert out == root.root / "eval_tasks" / "test-calrec"
     assert inputs == ([root.dataset("Toys"), root.dataset("Games")], root.tokenizer, root.stage("stage2"))
     assert first == {"split": "test", "decode_scope": "sample", "rank_scope": "calrec"}
     assert second == {"split": "test", "decode_scope": "beam", "rank_scope": "beam"}
