@@ -255,14 +255,16 @@ class Line:
         start = time.monotonic()
         try:
             yield
+        except KeyboardInterrupt:
+            self._add_seconds(name, time.monotonic() - start)
+            raise
         except RuntimeError as error:
             if "Required bindings" not in str(error):  # gin's words
                 raise
             raise CalrecError(f"the gin files leave a setting unset that has no default: {error}") from error
-        finally:
-            seconds = time.monotonic() - start
-            if not was_complete:
-                self._add_seconds(name, seconds)
+        seconds = time.monotonic() - start
+        if not was_complete:
+            self._add_seconds(name, seconds)
         print(
             f"calrec: {name} " + ("was done already, skipped" if was_complete else f"took {seconds:.1f} s"), flush=True
         )

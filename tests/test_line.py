@@ -170,6 +170,7 @@ def test_a_step_before_its_inputs(tmp_path, capsys):
 def test_prepare_without_raw_files(tmp_path, capsys):
     assert calrec("prepare", tmp_path / "run", "--gin_file=runs/quickstart.gin") == 1
     assert "Home_and_Kitchen_5.json.gz" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "a mistake leaves nothing behind"
 
 
 def test_seqio_gives_the_same_numbers(run, capsys):
