@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calrec_jax.decode.sampling import _ROWS, Compiled, Completed, Prefilled, grow, prefill
+from calrec_jax.decode.sampling import _ROWS, Compiled, Completed, Prefilled, call, grow, prefill
 from calrec_jax.decode.trie import Trie
 from calrec_jax.models.transformer import KeyValues, Transformer, empty_suffix
 
@@ -91,7 +91,7 @@ class BeamSearch:
         root = jnp.full(lengths.shape, self._root, jnp.int32)
         scores = self._child_scores(params, tables, hidden[:, -1], root, width)
         if not self._renormalise:  # the forced tokens cost what the model says
-            logits = self._model.apply({"params": params}, hidden[:, :-1], method="logits")
+            logits = call(self._model, params, hidden[:, :-1], method="logits")
             path = jnp.asarray(self._trie.root_path)[None, :, None]
             path_scores = jnp.take_along_axis(jax.nn.log_softmax(logits), path, axis=2)[:, :, 0]
             scores += path_scores.sum(axis=1, keepdims=True)
@@ -99,7 +99,7 @@ class BeamSearch:
         best, slot = jax.lax.top_k(candidates, self._num_beams)
         nodes = jnp.where(jnp.isfinite(best), tables.child_offsets[self._root] + slot + 1, self._root)
         complete = tables.complete[nodes] | ~jnp.isfinite(best) | (lengths == 0)[:, None]
-        suffix = empty_suffix(self._model.config, *nodes.shape, 0)
+        suffix = empty_suffix(self._model.config, nodes.shape[0], nodes.shape[1], 0)
         return shared, Hypotheses(jnp.int32(1), nodes, best, complete, suffix), embedding
 
     def _extend(self, params, tables: _Tables, shared: Prefilled, found: Hypotheses, *, bound: int, width: int):
@@ -115,9 +115,10 @@ class BeamSearch:
         """Reads each hypothesis's last token and keeps the best K of all continuations and completed ones."""
         batch, beams = state.nodes.shape
         positions = jnp.broadcast_to((shared.lengths + state.step - 1)[:, None], state.nodes.shape)
-        hidden, suffix = self._model.apply(
-            {"params": params}, tables.tokens[state.nodes], positions, state.step - 1, shared.prefix, shared.mask,
-            state.suffix, method="decode",
+        last = tables.tokens[state.nodes]
+        hidden, suffix = call(
+            self._model, params, last, positions, state.step - 1, shared.prefix, shared.mask, state.suffix,
+            method="decode",
         )  # fmt: skip
         scores = self._child_scores(
             params, tables, hidden.reshape(-1, hidden.shape[-1]), state.nodes.reshape(-1), width
@@ -138,7 +139,7 @@ class BeamSearch:
         """Log-probabilities [R, W] of each node's children after hidden [R, D]; −inf beyond the last child."""
 
         def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            logits = self._model.apply({"params": params}, row[0], method="logits")
+            logits = call(self._model, params, row[0], method="logits")
             edges = tables.child_offsets[row[1]] + jnp.arange(width)
             real = edges < tables.child_offsets[row[1] + 1]
             child = jnp.where(real, logits[tables.tokens[jnp.where(real, edges + 1, 0)]], -jnp.inf)

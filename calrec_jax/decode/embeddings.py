@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from calrec_jax.data.examples import TokenCatalogue
-from calrec_jax.decode.sampling import Compiled
+from calrec_jax.decode.sampling import Compiled, call
 from calrec_jax.models.towers import mean_pool, unit
 from calrec_jax.models.transformer import Transformer
 
@@ -46,5 +46,5 @@ def item_embeddings(model: Transformer, params: Any, catalogue: TokenCatalogue, 
 def _embed(params, tokens: jax.Array, lengths: jax.Array, *, model: Transformer) -> jax.Array:
     place = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1]), tokens.shape)
     inside = place < lengths[:, None]
-    hidden = model.apply({"params": params}, tokens, place, inside.astype(np.int32), method="activations")
+    hidden = call(model, params, tokens, place, inside.astype(np.int32), method="activations")
     return unit(mean_pool(hidden, (inside & (place > 0)).astype(np.int32), 1)[:, 0])

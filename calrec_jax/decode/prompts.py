@@ -16,7 +16,7 @@ import numpy as np
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.examples import TokenCatalogue, build_examples
 
-_BUCKET = 64  # tokens; from 512 on, an eighth of the power of two below
+_BUCKET = 64  # tokens; beyond 256 a quarter of the power of two above
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,8 +128,8 @@ def build_prompts(dataset: Dataset, catalogue: TokenCatalogue, *, split: str, ma
 
 def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
     """Tokens that prompts of these lengths are filled up to: few distinct values, so few compilations."""
-    exponent = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), 9)
-    step = np.maximum(_BUCKET, 1 << (exponent - 3))
+    exponent = np.maximum(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), 2)
+    step = np.maximum(_BUCKET, 1 << (exponent - 2))
     return (lengths + step - 1) // step * step
 
 

@@ -154,7 +154,7 @@ def decode(
     written = writer.write(users[writer.prompts.lengths[users] > 0], shard_users)
     if with_embeddings:
         vectors = item_embeddings(model, params, catalogue, decoder.compiled)
-        shards.write_item_embeddings(out, dataset.item_ids, vectors, request)
+        shards.write_item_embeddings(out, dataset.item_ids.tolist(), vectors, request)
         written.append(out / shards.ITEM_EMBEDDINGS_FILE)
     files = {path.name: artifacts.hash_file(path) for path in written}
     artifacts.write_manifest(
@@ -275,12 +275,12 @@ class _Writer:
 
     def _table(self, batch: np.ndarray, completed: Completed) -> pa.Table:
         """Rows of the contract, from what the device gave."""
-        completed = Completed(*(None if x is None else x[: len(batch)] for x in completed))
+        completed = completed.first(len(batch))
         embeddings = completed.user_embedding if self.with_embeddings else None
         user_ids = self.dataset.user_ids[batch]
         if completed.items is not None:
             assert self.trie is not None
-            counts, columns = self._item_columns(self.trie, completed)
+            counts, columns = self._item_columns(self.trie, completed, completed.items)
         else:
             counts = np.full(len(batch), completed.num_tokens.shape[1])
             columns = {
@@ -300,10 +300,12 @@ class _Writer:
         texts = self.tokenizer.decode_many([tokens[i, : lengths[i]].tolist() for i in first])
         return np.array(texts, dtype=object)[which.reshape(-1)]
 
-    def _item_columns(self, trie: Trie, completed: Completed) -> tuple[np.ndarray, dict[str, pa.Array]]:
+    def _item_columns(
+        self, trie: Trie, completed: Completed, leaf_of: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, pa.Array]]:
         """A text of several items gives them all, in item order, with the text's score."""
-        found = completed.items >= 0
-        leaves = completed.items[found]
+        found = leaf_of >= 0
+        leaves = leaf_of[found]
         sizes = np.diff(trie.leaf_offsets)[leaves]
         counts = np.zeros(len(found), np.int64)
         np.add.at(counts, np.nonzero(found)[0], sizes)

@@ -24,6 +24,11 @@ _ROWS = 256  # samples whose logits are made and reduced at a time: they stay in
 PHASE_TOKENS = 32
 
 
+def call(model: Transformer, params: Any, *args: Any, method: str) -> Any:
+    """A method of the model under these parameters."""
+    return model.apply({"params": params}, *args, method=method)
+
+
 class Completed(NamedTuple):
     """Completions of a batch on the host.
 
@@ -42,6 +47,10 @@ class Completed(NamedTuple):
     finished: np.ndarray
     user_embedding: np.ndarray
     items: np.ndarray | None = None
+
+    def first(self, users: int) -> Completed:
+        """Without the rows that only filled the batch."""
+        return Completed(*(None if x is None else x[:users] for x in self))  # type: ignore[arg-type]
 
 
 class Compiled:
@@ -164,13 +173,13 @@ class Sampler:
     def _begin(self, params, tokens, lengths, words):
         """Prefill and the first token, whose distribution all samples of a user share."""
         hidden, shared, embedding = prefill(self._model, params, tokens, lengths, words)
-        logits = self._model.apply({"params": params}, hidden[:, 0], method="logits")
+        logits = call(self._model, params, hidden[:, 0], method="logits")
         first, log_probs = jax.vmap(functools.partial(draw, temperature=self._temperature))(
             logits, self._uniforms(words, 0)
         )
         none = jnp.broadcast_to((lengths == 0)[:, None], first.shape)
         store = jnp.zeros((*first.shape, self._limit), jnp.int32).at[:, :, 0].set(first)
-        suffix = empty_suffix(self._model.config, *first.shape, 0)
+        suffix = empty_suffix(self._model.config, first.shape[0], first.shape[1], 0)
         samples = Samples(jnp.int32(1), store, jnp.ones_like(first), log_probs, none | (first == self._eos_id), suffix)
         return shared, samples, embedding
 
@@ -190,8 +199,9 @@ class Sampler:
         """Reads the last token of every sample and draws the next."""
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to((shared.lengths + state.step - 1)[:, None], last.shape)
-        hidden, suffix = self._model.apply(
-            {"params": params},
+        hidden, suffix = call(
+            self._model,
+            params,
             last,
             positions,
             state.step - 1,
@@ -202,7 +212,7 @@ class Sampler:
         )
 
         def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return draw(self._model.apply({"params": params}, row[0], method="logits"), row[1], self._temperature)
+            return draw(call(self._model, params, row[0], method="logits"), row[1], self._temperature)
 
         rows = (hidden.reshape(-1, hidden.shape[-1]), self._uniforms(shared.words, state.step).reshape(-1, 1))
         drawn, scores = jax.lax.map(one, rows, batch_size=min(_ROWS, len(rows[0])))
@@ -247,7 +257,7 @@ def prefill(
     place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     read = jnp.maximum(lengths, 1) + forced
     mask = place < read[:, None]
-    hidden, prefix = model.apply({"params": params}, tokens, place, mask.astype(jnp.int32), method="prefill")
+    hidden, prefix = call(model, params, tokens, place, mask.astype(jnp.int32), method="prefill")
     pool = ((place < lengths[:, None]) & (place > 0)).astype(jnp.int32)
     embedding = unit(mean_pool(hidden, pool, 1)[:, 0])
     ends = (read - 1 - forced)[:, None] + jnp.arange(forced + 1)
