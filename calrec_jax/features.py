@@ -171,8 +171,8 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
       CalrecError: a setting is not valid.
     """
 
-    TASK_FEATURES: Mapping[str, _SPEC] = {name: _SPEC(dtype=tf.int32) for name in ("inputs", "targets")}
-    MODEL_FEATURES: Mapping[str, _SPEC] = {
+    TASK_FEATURES: Mapping[str, Any] = {name: _SPEC(dtype=tf.int32) for name in ("inputs", "targets")}
+    MODEL_FEATURES: Mapping[str, Any] = {
         name: _SPEC(dtype=tf.float32 if name in _FLOATS else tf.int32) for name in KEYS
     }
     PACKING_FEATURE_DTYPES: Mapping[str, tf.dtypes.DType] = {}  # an unpacked row has segments, too
@@ -234,8 +234,8 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
 
     def _rows(self, packing: Packing, number: np.ndarray, *parts: np.ndarray) -> list[np.ndarray]:
         """The filled rows of one window, in the order of `KEYS`."""
-        ragged = [Ragged(parts[i], parts[i + 1]) for i in range(0, 8, 2)]
-        window = Window(*ragged, *parts[8:])
+        inputs, targets, segment_lengths, items = (Ragged(parts[i], parts[i + 1]) for i in range(0, 8, 2))
+        window = Window(inputs, targets, segment_lengths, items, *parts[8:])
         examples = window.examples(self.catalogue)
         if self.pack:
             rows = packing_lib.pack_window(examples.lengths, packing, seed=self.seed, window=int(number))

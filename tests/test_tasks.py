@@ -3,13 +3,15 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import seqio
 import tensorflow as tf
 
 from calrec_jax import tasks
+from calrec_jax.data.dataset import SEQUENCES_SCHEMA, save_dataset
 from calrec_jax.data.examples import build_examples, tokenise_catalogue
-from calrec_jax.data.templates import Template
+from calrec_jax.data.templates import ATTRIBUTES, Template
 from calrec_jax.errors import CalrecError
 
 MAX_TARGET = 24
@@ -173,6 +175,19 @@ def test_mistakes_are_named(small_run, names, tmp_path):
         tasks.register_mixture("m", [])
     with pytest.raises(CalrecError, match="calrec_Tools is registered already"):
         tasks.register_mixture("calrec_Tools", names)
+    other_template = tmp_path / "titles"
+    save_dataset(
+        other_template,
+        name="Titles",
+        items=pa.table({name: ["a"] for name in ("item_id", *ATTRIBUTES)}),
+        sequences=pa.Table.from_pylist([], SEQUENCES_SCHEMA),
+        template=Template(attributes=("title",)),
+        card={},
+        made_from={},
+        settings={},
+    )
+    with pytest.raises(CalrecError, match="titles was made with another template than .*tokenizer"):
+        tasks.register_dataset(other_template, small_run.tokenizer_folder)
     shorter = tasks.register_dataset(small_run.folders[1], small_run.tokenizer_folder, name="s", max_target_tokens=20)
     with pytest.raises(CalrecError, match="different tokenizers or max_target_tokens"):
         tasks.register_mixture("m", [names[0], shorter])

@@ -126,7 +126,7 @@ class Predictor:
         tables = [pq.read_table(path) for path in sorted(self.folder.glob("part-*.parquet"))]
         by_user = {row["user_id"]: row for table in tables for row in table.to_pylist()}
         ids = self.source.dataset.user_ids[users]
-        nothing = {"texts": []}  # not decoded, as decode.max_users asked
+        nothing: dict[str, Any] = {"texts": []}  # not decoded, as decode.max_users asked
         return [(int(index), by_user.get(user, nothing)) for index, user in zip(indices, ids, strict=True)]
 
     def _read(self, dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray, GivenPrompts]:
