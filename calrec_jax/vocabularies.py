@@ -29,6 +29,7 @@ class CalrecVocabulary(seqio.SentencePieceVocabulary):
     """A tokenizer folder as a `seqio.Vocabulary`: 0 pad, 1 EOS, 2 unknown, no BOS and no extra ids.
 
     Two vocabularies are equal when they hold the same model, wherever it lies.
+    `decode_tf` is TensorFlow Text's: it writes an unknown id as SentencePiece does (` ⁇ `), where `decode` has U+FFFD.
 
     Args:
       folder: the tokenizer's, as `calrec vocab` wrote it.
