@@ -17,7 +17,8 @@ from calrec_jax.decode.sampling import _ROWS, Compiled, Completed, Prefilled, ca
 from calrec_jax.decode.trie import Trie
 from calrec_jax.models.transformer import KeyValues, Transformer, empty_suffix
 
-_PHASE_STEPS = (1, 3, 12)  # the first levels are the widest; then 16 more each time
+_PHASE_STEPS = (1, 15)  # the first level is by far the widest
+_LATER_STEPS = 32
 
 
 class Hypotheses(NamedTuple):
@@ -70,7 +71,7 @@ class BeamSearch:
         begin, deepest = 1, self._trie.depth - self._forced
         phases = iter(_PHASE_STEPS)
         while begin < deepest and not bool(found.complete.all()):
-            end = min(begin + next(phases, 16), deepest)
+            end = min(begin + next(phases, _LATER_STEPS), deepest)
             width = max(self._trie.fan_out(self._forced + step) for step in range(begin, end))
             found = self.compiled(self._extend, self._params, self._tables, shared, found, bound=end, width=width)
             begin = end
