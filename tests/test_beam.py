@@ -5,7 +5,7 @@ import pytest
 from decoding_reference import EOS, log_distributions, padded, teacher_forced, tiny_model
 
 from calrec_jax.decode.beam import BeamSearch
-from calrec_jax.decode.prompts import user_words
+from calrec_jax.decode.prompts import user_keys
 from calrec_jax.decode.trie import Trie, build_trie
 
 V = 40
@@ -21,8 +21,8 @@ def trie_of(sequences: list[list[int]]) -> Trie:
 
 def search(model, params, trie, prompts=PROMPTS, length=10, **settings):
     tokens, lengths = padded(prompts, length)
-    words = user_words([str(i) for i in range(len(prompts))])
-    return BeamSearch(model, params, trie, **{"num_beams": 12, "renormalise": False} | settings)(tokens, lengths, words)
+    keys = user_keys([str(i) for i in range(len(prompts))], 0)
+    return BeamSearch(model, params, trie, **{"num_beams": 12, "renormalise": False} | settings)(tokens, lengths, keys)
 
 
 def leaf_sequences(trie: Trie, sequences: list[list[int]]) -> list[list[int]]:

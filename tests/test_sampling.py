@@ -6,16 +6,17 @@ import pytest
 from decoding_reference import EOS, log_distributions, padded, teacher_forced, tiny_model
 from scipy import stats
 
-from calrec_jax.decode.prompts import user_words
+from calrec_jax.decode.prompts import user_keys
 from calrec_jax.decode.sampling import Sampler, draw
 
 V = 70
 PROMPTS = [[0, 5, 9, 3, 60, 7], [0, 8, 2], [0, 4, 4, 4, 4, 4, 4, 4, 33]]
 USERS = ["anna", "bert", "cleo"]
+SEED = 3
 
 
 def sampler(model, params, **settings):
-    chosen = {"eos_id": EOS, "num_samples": 6, "temperature": 0.8, "max_new_tokens": 9, "seed": 3}
+    chosen = {"eos_id": EOS, "num_samples": 6, "temperature": 0.8, "max_new_tokens": 9}
     return Sampler(model, params, **chosen | settings)
 
 
@@ -32,7 +33,7 @@ def usual(tiny):
 
 @pytest.fixture(scope="module")
 def done(usual):
-    return usual(*padded(PROMPTS, 12), user_words(USERS))
+    return usual(*padded(PROMPTS, 12), user_keys(USERS, SEED))
 
 
 @pytest.mark.parametrize("vocab", [3, 64, 65, 200])
@@ -91,7 +92,7 @@ def test_scores_equal_teacher_forcing(tiny, done):
 def test_growing_the_suffix_in_phases_changes_nothing(tiny, done, monkeypatch):
     model, params = tiny
     monkeypatch.setattr("calrec_jax.decode.sampling.PHASE_TOKENS", 3)
-    parts = sampler(model, params)(*padded(PROMPTS, 12), user_words(USERS))
+    parts = sampler(model, params)(*padded(PROMPTS, 12), user_keys(USERS, SEED))
     np.testing.assert_array_equal(parts.tokens, done.tokens)
     np.testing.assert_allclose(parts.log_probs, done.log_probs, atol=1e-5)
 
@@ -100,30 +101,30 @@ def test_a_user_depends_on_no_batch_bucket_order_or_number_of_samples(tiny, done
     model, params = tiny
     order = [2, 0, 1]
     tokens, lengths = padded([PROMPTS[i] for i in order] + [[]], 20)
-    words = np.concatenate([user_words([USERS[i] for i in order]), np.zeros((1, 2), np.uint32)])
-    other = sampler(model, params, num_samples=9)(tokens, lengths, words)
+    keys = np.concatenate([user_keys([USERS[i] for i in order], SEED), np.zeros((1, 2), np.uint32)])
+    other = sampler(model, params, num_samples=9)(tokens, lengths, keys)
     for row, user in enumerate(order):
         np.testing.assert_array_equal(other.tokens[row, :6], done.tokens[user])
         np.testing.assert_allclose(other.log_probs[row, :6], done.log_probs[user], atol=1e-5)
 
 
-def test_same_again_and_streams_differ_by_user_and_seed(tiny, usual, done):
-    model, params = tiny
-    again = usual(*padded(PROMPTS, 12), user_words(USERS))
+def test_same_again_and_streams_differ_by_user_and_seed(usual, done):
+    again = usual(*padded(PROMPTS, 12), user_keys(USERS, SEED))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(again[:5], done[:5], strict=True))
-    same = usual(*padded([PROMPTS[0]] * 3, 12), user_words(USERS))
+    same = usual(*padded([PROMPTS[0]] * 3, 12), user_keys(USERS, SEED))
     np.testing.assert_array_equal(same.tokens[0], done.tokens[0])
     assert (same.tokens[0] != same.tokens[1]).any()
-    first = sampler(model, params, seed=4, max_new_tokens=1)(*padded(PROMPTS, 12), user_words(USERS))
-    assert (first.tokens[:, :, 0] != done.tokens[:, :, 0]).any()
-    assert len({tuple(w) for w in user_words([f"user {i}" for i in range(5000)]).tolist()}) == 5000
+    other = usual(*padded(PROMPTS, 12), user_keys(USERS, SEED + 1))
+    assert (other.tokens != done.tokens).any(axis=(1, 2)).all()
+    keys = np.concatenate([user_keys([f"user {i}" for i in range(5000)], seed) for seed in (0, 1)])
+    assert len({tuple(key) for key in keys.tolist()}) == 10_000
 
 
 def test_first_tokens_follow_the_model(tiny):
     """The first token's distribution over many samples of one user, and the second's after the most frequent first."""
     model, params = tiny
     many = sampler(model, params, num_samples=4000, max_new_tokens=2, temperature=0.5)
-    tokens = many(*padded(PROMPTS[:1], 6), user_words(USERS[:1])).tokens[0]
+    tokens = many(*padded(PROMPTS[:1], 6), user_keys(USERS[:1], SEED)).tokens[0]
 
     def check(seen, log_probs):
         exact = np.exp(2 * log_probs)
@@ -133,7 +134,7 @@ def test_first_tokens_follow_the_model(tiny):
         pvalue = stats.chisquare(
             np.append(counts[big], counts[~big].sum()), np.append(expected[big], expected[~big].sum())
         ).pvalue
-        assert pvalue > 1e-3, f"seed 3: p = {pvalue}"
+        assert pvalue > 1e-3, f"seed {SEED}: p = {pvalue}"
 
     check(tokens[:, 0], log_distributions(model, params, PROMPTS[0])[-1])
     usual = next(t for t in np.argsort(-np.bincount(tokens[:, 0])) if t != EOS)

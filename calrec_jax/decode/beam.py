@@ -58,7 +58,7 @@ class BeamSearch:
         self._tables = _Tables(*(jnp.asarray(x) for x in (trie.child_offsets, tokens, complete)))
         self.compiled = Compiled()
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> Completed:
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Completed:
         """Completes a batch of prompts; see `Sampler.__call__`. `items` are leaves of the trie; `tokens` is empty."""
         lengths = lengths.astype(np.int32)
         prompts = np.pad(tokens, ((0, 0), (0, self._forced)))
@@ -66,7 +66,7 @@ class BeamSearch:
             prompts, np.maximum(lengths, 1)[:, None] + np.arange(self._forced), self._trie.root_path[None], axis=1
         )
         shared, found, embedding = self.compiled(
-            self._begin, self._params, self._tables, prompts, lengths, words, width=self._trie.fan_out(self._forced)
+            self._begin, self._params, self._tables, prompts, lengths, keys, width=self._trie.fan_out(self._forced)
         )
         begin, deepest = 1, self._trie.depth - self._forced
         phases = iter(_PHASE_STEPS)
@@ -86,9 +86,9 @@ class BeamSearch:
             items=leaves,
         )
 
-    def _begin(self, params, tables: _Tables, tokens, lengths, words, *, width: int):
+    def _begin(self, params, tables: _Tables, tokens, lengths, keys, *, width: int):
         """Prefill, and the first token that items differ in."""
-        hidden, shared, embedding = prefill(self._model, params, tokens, lengths, words, self._forced)
+        hidden, shared, embedding = prefill(self._model, params, tokens, lengths, keys, self._forced)
         root = jnp.full(lengths.shape, self._root, jnp.int32)
         scores = self._child_scores(params, tables, hidden[:, -1], root, width)
         if not self._renormalise:  # the forced tokens cost what the model says

@@ -145,7 +145,7 @@ def batches(users: np.ndarray, buckets: np.ndarray, batch_users: int) -> list[np
     return [group[i : i + batch_users] for group in groups for i in range(0, len(group), batch_users)]
 
 
-def user_words(user_ids: Sequence[str]) -> np.ndarray:
-    """[U, 2] uint32, a 64-bit hash of each user id: with the seed, all that a user's random stream depends on."""
-    digests = b"".join(hashlib.blake2b(str(user).encode(), digest_size=8).digest() for user in user_ids)
+def user_keys(user_ids: Sequence[str], seed: int) -> np.ndarray:
+    """[U, 2] uint32, a 64-bit hash of the seed and each user id: the key of the user's random stream."""
+    digests = b"".join(hashlib.blake2b(f"{seed} {user}".encode(), digest_size=8).digest() for user in user_ids)
     return np.frombuffer(digests, "<u4").reshape(-1, 2)

@@ -38,8 +38,8 @@ class Decoder(Protocol):
 
     compiled: Compiled
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> Completed:
-        """Completes [B, L] prompts of [B] lengths; [B, 2] words seed the users' random streams."""
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Completed:
+        """Completes [B, L] prompts of [B] lengths; [B, 2] keys seed the users' random streams."""
 
 
 @gin.configurable(denylist=["out", "dataset", "tokenizer", "checkpoint", "split", "prompts"])
@@ -131,7 +131,6 @@ def decode(
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=limit,
-            seed=seed,
         )
     else:
         trie = build_trie(catalogue.tokens, catalogue.offsets, tokenizer.eos_id)
@@ -147,6 +146,7 @@ def decode(
         else prompting.build_prompts(dataset, catalogue, split=split, max_history_tokens=budget),
         decoder=decoder,
         trie=trie,
+        seed=seed,
         batch_users=batch_users,
         with_embeddings=with_embeddings,
     )
@@ -230,6 +230,7 @@ class _Writer:
     prompts: prompting.Prompts | prompting.GivenPrompts
     decoder: Decoder
     trie: Trie | None
+    seed: int
     batch_users: int
     with_embeddings: bool
     users: int = 0
@@ -267,11 +268,11 @@ class _Writer:
         length = int(prompting.bucket_lengths(self.prompts.lengths[batch]).max())
         tokens = np.zeros((self.batch_users, length), np.int32)
         lengths = np.zeros(self.batch_users, np.int64)
-        words = np.zeros((self.batch_users, 2), np.uint32)
+        keys = np.zeros((self.batch_users, 2), np.uint32)
         tokens[: len(batch)] = self.prompts.tokens(batch, length)
         lengths[: len(batch)] = self.prompts.lengths[batch]
-        words[: len(batch)] = prompting.user_words(self.prompts.user_ids[batch])
-        return self.decoder(tokens, lengths, words)
+        keys[: len(batch)] = prompting.user_keys(self.prompts.user_ids[batch], self.seed)
+        return self.decoder(tokens, lengths, keys)
 
     def _table(self, batch: np.ndarray, completed: Completed) -> pa.Table:
         """Rows of the contract, from what the device gave."""

@@ -118,12 +118,12 @@ class Samples(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """What a user's samples share: keys and values, real places [B, L], tokens read [B], and `user_words` [B, 2]."""
+    """What a user's samples share: keys and values, real places [B, L], tokens read [B], and `user_keys` [B, 2]."""
 
     prefix: KeyValues
     mask: jax.Array
     lengths: jax.Array
-    words: jax.Array
+    keys: jax.Array
 
 
 class Sampler:
@@ -136,7 +136,6 @@ class Sampler:
       num_samples: N.
       temperature: of sampling; scores are at temperature 1.
       max_new_tokens: T, EOS included.
-      seed: of all random streams.
     """
 
     def __init__(
@@ -148,21 +147,20 @@ class Sampler:
         num_samples: int,
         temperature: float,
         max_new_tokens: int,
-        seed: int,
     ):
         self._model, self._params, self._eos_id = model, params, eos_id
-        self._num_samples, self._temperature, self._limit, self._seed = num_samples, temperature, max_new_tokens, seed
+        self._num_samples, self._temperature, self._limit = num_samples, temperature, max_new_tokens
         self.compiled = Compiled()
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> Completed:
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Completed:
         """Completes a batch of prompts.
 
         Args:
           tokens: [B, L] int32 prompts.
           lengths: [B] tokens of each; 0 marks a row that only fills the batch.
-          words: [B, 2] uint32, see `prompts.user_words`.
+          keys: [B, 2] uint32, see `prompts.user_keys`.
         """
-        shared, samples, embedding = self.compiled(self._begin, self._params, tokens, lengths.astype(np.int32), words)
+        shared, samples, embedding = self.compiled(self._begin, self._params, tokens, lengths.astype(np.int32), keys)
         bound = 1
         while bound < self._limit and not bool(samples.finished.all()):
             bound = min(bound + PHASE_TOKENS, self._limit)
@@ -170,12 +168,12 @@ class Sampler:
         host = jax.device_get(samples._replace(suffix=()))
         return Completed(host.tokens, host.num_tokens, host.log_probs, host.finished, np.asarray(embedding))
 
-    def _begin(self, params, tokens, lengths, words):
+    def _begin(self, params, tokens, lengths, keys):
         """Prefill and the first token, whose distribution all samples of a user share."""
-        hidden, shared, embedding = prefill(self._model, params, tokens, lengths, words)
+        hidden, shared, embedding = prefill(self._model, params, tokens, lengths, keys)
         logits = call(self._model, params, hidden[:, 0], method="logits")
         first, log_probs = jax.vmap(functools.partial(draw, temperature=self._temperature))(
-            logits, self._uniforms(words, 0)
+            logits, self._uniforms(keys, 0)
         )
         none = jnp.broadcast_to((lengths == 0)[:, None], first.shape)
         store = jnp.zeros((*first.shape, self._limit), jnp.int32).at[:, :, 0].set(first)
@@ -214,7 +212,7 @@ class Sampler:
         def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return draw(call(self._model, params, row[0], method="logits"), row[1], self._temperature)
 
-        rows = (hidden.reshape(-1, hidden.shape[-1]), self._uniforms(shared.words, state.step).reshape(-1, 1))
+        rows = (hidden.reshape(-1, hidden.shape[-1]), self._uniforms(shared.keys, state.step).reshape(-1, 1))
         drawn, scores = jax.lax.map(one, rows, batch_size=min(_ROWS, len(rows[0])))
         alive = ~state.finished
         drawn = jnp.where(alive, drawn.reshape(last.shape), 0)
@@ -227,18 +225,18 @@ class Sampler:
             suffix,
         )
 
-    def _uniforms(self, words: jax.Array, step: int | jax.Array) -> jax.Array:
+    def _uniforms(self, keys: jax.Array, step: int | jax.Array) -> jax.Array:
         """[B, N] of this step; sample n of a user gets the same number whatever N and the batch are."""
 
-        def one(word: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), word[0]), word[1])
-            return jax.random.uniform(jax.random.fold_in(key, step), (self._num_samples,))
+        def one(key: jax.Array) -> jax.Array:
+            stream = jax.random.wrap_key_data(key, impl="threefry2x32")
+            return jax.random.uniform(jax.random.fold_in(stream, step), (self._num_samples,))
 
-        return jax.vmap(one)(words)
+        return jax.vmap(one)(keys)
 
 
 def prefill(
-    model: Transformer, params: Any, tokens: jax.Array, lengths: jax.Array, words: jax.Array, forced: int = 0
+    model: Transformer, params: Any, tokens: jax.Array, lengths: jax.Array, keys: jax.Array, forced: int = 0
 ) -> tuple[jax.Array, Prefilled, jax.Array]:
     """Reads the prompts once.
 
@@ -247,7 +245,7 @@ def prefill(
       params: its parameters.
       tokens: [B, L]; after a prompt stand the `forced` tokens that begin every completion.
       lengths: [B] of the prompts; 0 for rows that only fill the batch.
-      words: [B, 2], handed on.
+      keys: [B, 2], handed on.
       forced: P.
 
     Returns:
@@ -262,7 +260,7 @@ def prefill(
     embedding = unit(mean_pool(hidden, pool, 1)[:, 0])
     ends = (read - 1 - forced)[:, None] + jnp.arange(forced + 1)
     last = jnp.take_along_axis(hidden, ends[:, :, None], axis=1)
-    return last, Prefilled(prefix, mask, read, words), embedding
+    return last, Prefilled(prefix, mask, read, keys), embedding
 
 
 def grow(suffix: KeyValues, places: int) -> KeyValues:
