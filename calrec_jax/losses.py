@@ -1,9 +1,9 @@
 """The training objective of CALRec (Li et al., RecSys 2024): L = (1 − α − β)·L_NIG + α·L_TT + β·L_UT.
 
-Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of their row
-and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass makes the gradient
-(a custom VJP), so logits are computed once and only where a token is weighted. All functions are pure and work on a whole,
-possibly sharded, batch: in-batch negatives are global.
+Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of
+their row and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass
+makes the gradient (a custom VJP), so logits are computed once and only where a token is weighted. All functions are
+pure and work on a whole, possibly sharded, batch: in-batch negatives are global.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class LossConfig:
       alpha: weight of L_TT, the target in context against the target alone.
       beta: weight of L_UT, the user against the target alone; L_NIG gets 1 − α − β.
       temperature: τ of both InfoNCE terms.
-      direction: "item_to_context" (anchor v_T against the batch's context vectors), "context_to_item", or "symmetric" (their mean).
+      direction: "item_to_context" (anchor v_T against the batch's context vectors), "context_to_item", or "symmetric"
+        (their mean).
       mask_same: leave out negatives of the same user, item or text.
-      normalise: L_NIG divides by the sum of weights over "tokens", or is a mean over "examples" of each one's weighted mean.
+      normalise: L_NIG divides by the sum of weights over "tokens", or is a mean over "examples" of each one's weighted
+        mean.
       chunk: columns of a row whose logits exist at once.
     """
 
@@ -128,7 +130,8 @@ def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
         d_h -= weight[:, None] * jnp.take(embedding, target, axis=0)
         d_embedding += jnp.einsum("vn,nd->vd", d_logits, h2, preferred_element_type=jnp.float32)
         d_embedding = d_embedding.at[target].add(-weight[:, None] * h2.astype(jnp.float32))
-        return total, jax.lax.dynamic_update_slice_in_dim(d_taken, d_h.reshape(h.shape), index * chunk, axis=1), d_embedding
+        d_taken = jax.lax.dynamic_update_slice_in_dim(d_taken, d_h.reshape(h.shape), index * chunk, axis=1)
+        return total, d_taken, d_embedding
 
     start = (
         jnp.zeros((), jnp.float32),
@@ -173,7 +176,8 @@ def info_nce(
     """InfoNCE with in-batch negatives (van den Oord et al., 2018), cosine similarity.
 
     Args:
-      anchors, candidates: [E, D] unit vectors; row e's positive is candidate e.
+      anchors: [E, D] unit vectors.
+      candidates: [E, D] unit vectors; row e's positive is candidate e.
       mask: [E] float32, 1 for real examples.
       excluded: [E, E] bool, pairs that are no negatives; the diagonal is ignored.
       temperature: τ.

@@ -164,16 +164,15 @@ def objective_reference(hidden, table, batch, config):
         nll[1].append(batch["decoder_loss_weights"][b][places].sum())
     generation = np.mean(np.divide(*nll)) if config.normalise == "examples" else np.sum(nll[0]) / np.sum(nll[1])
 
+    def same(e, other):
+        return any(batch[key][e] == batch[key][other] for key in ("target_user", "target_item", "target_text"))
+
     def contrast(anchor, candidate):
         losses = []
-        for i, e in enumerate(examples):
-            scores = []
-            for j, other in enumerate(examples):
-                same = any(batch[key][e] == batch[key][other] for key in ("target_user", "target_item", "target_text"))
-                if i == j or not (config.mask_same and same):
-                    scores.append(cosine(mean(anchor, *e), mean(candidate, *other)) / config.temperature)
-                    own = len(scores) - 1 if i == j else (own if j > i else None)
-            losses.append(-log_softmax(np.array(scores))[own])
+        for e in examples:
+            candidates = [other for other in examples if other == e or not (config.mask_same and same(e, other))]
+            scores = [cosine(mean(anchor, *e), mean(candidate, *other)) / config.temperature for other in candidates]
+            losses.append(-log_softmax(np.array(scores))[candidates.index(e)])
         return np.mean(losses)
 
     def term(context):

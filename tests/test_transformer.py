@@ -134,11 +134,13 @@ def test_decoding_step_by_step_equals_the_whole_sequence():
 def test_dropout_acts_in_training_only():
     model, params = build(dataclasses.replace(SMALL, dropout_rate=0.3, scan_layers=False))
     case = packed_case()
-    run = lambda key, deterministic: jax.jit(
-        lambda k: model.apply(
-            {"params": params}, *case, rngs={"dropout": k}, method="activations", deterministic=deterministic
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def run(key, deterministic):
+        return model.apply(
+            {"params": params}, *case, rngs={"dropout": key}, method="activations", deterministic=deterministic
         )
-    )(key)  # noqa: E731
+
     still = apply(model, params, *case, method="activations")
     one, same, two = (run(jax.random.key(k), deterministic=False) for k in (1, 1, 2))
     assert (one == same).all() and (one != two).any() and (one != still).any()

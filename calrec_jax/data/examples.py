@@ -1,8 +1,8 @@
 """Training and evaluation examples over a tokenised catalogue.
 
-An item's text stands in many histories, so what is cached is the *catalogue's* token ids (one array and offsets) beside the
-sequences; an example is three integers (user, start, end) and its tokens are assembled when a row is filled (`packing.py`).
-Both the trainer and the SeqIO tasks take their tokens from here, so they agree id for id.
+An item's text stands in many histories, so what is cached is the *catalogue's* token ids (one array and offsets) beside
+the sequences; an example is three integers (user, start, end) and its tokens are assembled when a row is filled
+(`packing.py`). Both the trainer and the SeqIO tasks take their tokens from here, so they agree id for id.
 
 Lengths are in tokens. The joint segment of an example is
 
@@ -34,8 +34,8 @@ class TokenCatalogue:
       tokens: [total] int32.
       offsets: [I+1] int64 into `tokens`.
       text_ids: [I] int32; equal texts (after the cut) have equal ids.
-      token_weights: [total + I] float32, loss weight of each item's tokens and of its EOS (see `branch_weights`); item i's
-        weights start at `offsets[i] + i`.
+      token_weights: [total + I] float32, loss weight of each item's tokens and of its EOS (see `branch_weights`); item
+        i's weights start at `offsets[i] + i`.
       intro, first, next: token ids of the template's sentences, int32.
       start_id, eos_id: special ids.
       cut: number of items whose text was cut to the token limit.
@@ -117,8 +117,8 @@ def tokenise_catalogue(
 def branch_weights(per_item: Sequence[Sequence[int]], forced_token_weight: float) -> np.ndarray:
     """Loss weight of each item token: 1 where the catalogue's trie branches, `forced_token_weight` where it does not.
 
-    Most tokens of a title follow from the ones before once the catalogue is known; weighting them less lets a small model
-    spend its capacity on *which* item comes. 1.0 gives every token the weight 1 (the paper's loss).
+    Most tokens of a title follow from the ones before once the catalogue is known; weighting them less lets a small
+    model spend its capacity on *which* item comes. 1.0 gives every token the weight 1 (the paper's loss).
 
     Args:
       per_item: token ids of each item of one catalogue, EOS not included.
@@ -218,8 +218,9 @@ def build_examples(
       split: "train" (target: the last training item), "validation" or "test".
       max_history_tokens: budget of INTRO, FIRST, the history, and the last NEXT; the oldest items go first.
       row_tokens: L; when given, an example's history also leaves room in the row for its target, twice.
-      split_long_histories: cut a training sequence that exceeds the budget into several examples that overlap in one item,
-        so that with next-item loss on all items each item but a sequence's first is predicted once. Nothing is dropped then.
+      split_long_histories: cut a training sequence that exceeds the budget into several examples that overlap in one
+        item, so that with next-item loss on all items each item but a sequence's first is predicted once. Nothing is
+        dropped then.
 
     Raises:
       CalrecError: nothing to train on, or a budget that an item and its frame do not fit.
@@ -228,40 +229,12 @@ def build_examples(
         raise CalrecError(f"split={split!r}: must be 'train', 'validation' or 'test'")
     lengths = catalogue.lengths
     frame = len(catalogue.intro) + len(catalogue.first) + 1
-    longest = int(lengths.max())
-    if frame + longest + len(catalogue.next) > max_history_tokens:
-        raise CalrecError(
-            f"max_history_tokens={max_history_tokens}: the prompt's frame and the longest item need "
-            f"{frame + longest + len(catalogue.next)} tokens; raise max_history_tokens or lower max_target_tokens"
-        )
-    items, starts, ends, users, groups = [], [], [], [], []
-    item_base = user_base = position_base = 0
-    for group, dataset in enumerate(datasets):
-        items.append(dataset.items.astype(np.int64) + item_base)
-        stop = {
-            "train": dataset.valid_position,
-            "validation": dataset.valid_position + 1,
-            "test": dataset.test_position + 1,
-        }[split]
-        keep = np.flatnonzero(stop >= 2)  # a target needs at least one item before it
-        starts.append(dataset.offsets[:-1][keep] + position_base)
-        ends.append(dataset.offsets[:-1][keep] + stop[keep] + position_base)
-        users.append(keep + user_base)
-        groups.append(np.full(len(keep), group))
-        item_base += len(dataset.texts)
-        user_base += len(dataset.user_ids)
-        position_base += len(dataset.items)
-    flat, start, end = (np.concatenate(x).astype(np.int64) for x in (items, starts, ends))
-    user, group_of = np.concatenate(users).astype(np.int32), np.concatenate(groups).astype(np.int32)
+    _check_budgets(catalogue, frame, max_history_tokens, row_tokens)
+    flat, start, end, user, group_of = _sequences(datasets, split)
     if not len(start):
         names = ", ".join(d.name for d in datasets)
         raise CalrecError(
             f"{split}: no user of {names} has two purchases before the split; the categories are too small"
-        )
-    if row_tokens is not None and frame + longest + len(catalogue.next) + 2 * longest + 1 > row_tokens:
-        raise CalrecError(
-            f"row_tokens={row_tokens}: the frame and three times the longest item need "
-            f"{frame + 3 * longest + len(catalogue.next) + 1} tokens; raise row_tokens or lower max_target_tokens"
         )
     cost = lengths[flat] + len(catalogue.next)  # an item and the NEXT after it
     before = np.concatenate([[0], np.cumsum(cost)])
@@ -285,10 +258,53 @@ def build_examples(
     )
 
 
+def _check_budgets(catalogue: TokenCatalogue, frame: int, max_history_tokens: int, row_tokens: int | None) -> None:
+    """Raises CalrecError when a prompt of one item, or its row, has no room for the longest item."""
+    longest, following = int(catalogue.lengths.max()), len(catalogue.next)
+    if frame + longest + following > max_history_tokens:
+        raise CalrecError(
+            f"max_history_tokens={max_history_tokens}: the prompt's frame and the longest item need "
+            f"{frame + longest + following} tokens; raise max_history_tokens or lower max_target_tokens"
+        )
+    if row_tokens is not None and frame + 3 * longest + following + 1 > row_tokens:
+        raise CalrecError(
+            f"row_tokens={row_tokens}: the frame and three times the longest item need "
+            f"{frame + 3 * longest + following + 1} tokens; raise row_tokens or lower max_target_tokens"
+        )
+
+
+def _sequences(
+    datasets: Sequence[Dataset], split: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All datasets end to end: items [interactions] int64; start, end [E] int64, user, group [E] int32 of a split."""
+    items, starts, ends, users, groups = [], [], [], [], []
+    item_base = user_base = position_base = 0
+    for group, dataset in enumerate(datasets):
+        items.append(dataset.items.astype(np.int64) + item_base)
+        stop = {
+            "train": dataset.valid_position,
+            "validation": dataset.valid_position + 1,
+            "test": dataset.test_position + 1,
+        }[split]
+        keep = np.flatnonzero(stop >= 2)  # a target needs at least one item before it
+        starts.append(dataset.offsets[:-1][keep] + position_base)
+        ends.append(dataset.offsets[:-1][keep] + stop[keep] + position_base)
+        users.append(keep + user_base)
+        groups.append(np.full(len(keep), group))
+        item_base += len(dataset.texts)
+        user_base += len(dataset.user_ids)
+        position_base += len(dataset.items)
+    flat, start, end = (np.concatenate(x).astype(np.int64) for x in (items, starts, ends))
+    return flat, start, end, np.concatenate(users).astype(np.int32), np.concatenate(groups).astype(np.int32)
+
+
 def _cut(
     start: np.ndarray, end: np.ndarray, before: np.ndarray, budget: np.ndarray, split_long: bool
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
-    """Cuts each [start, end) from its oldest item until its history fits `budget` of its target; `split_long` keeps the rest."""
+    """Cuts each [start, end) from its oldest item until its history fits `budget` of its target.
+
+    `split_long` keeps what was cut, as examples of its own.
+    """
     index = np.arange(len(start))
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     dropped = 0

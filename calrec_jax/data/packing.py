@@ -1,9 +1,10 @@
 """Packs examples into rows: the batch contract of docs/architecture.md, made by NumPy and numba alone.
 
-The stream of rows is a pure function of (examples, seed): windows of W consecutive examples of a seeded permutation are packed
-each on its own by best-fit decreasing, and their rows follow each other. Batch s is rows [s*B, (s+1)*B) of that stream, so the
-data position in a checkpoint is the step, hosts take slices of a batch, and resuming replays nothing: only lengths are packed
-again up to the window at hand. In a mixture, category c gets the share (users_c)^exponent / sum of every window.
+The stream of rows is a pure function of (examples, seed): windows of W consecutive examples of a seeded permutation are
+packed each on its own by best-fit decreasing, and their rows follow each other. Batch s is rows [s*B, (s+1)*B) of that
+stream, so the data position in a checkpoint is the step, hosts take slices of a batch, and resuming replays nothing:
+only lengths are packed again up to the window at hand. In a mixture, category c gets the share (users_c)^exponent / sum
+of every window.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ EXAMPLE_KEYS = ("target_user", "target_item", "target_text")
 
 @numba.njit(cache=True)
 def best_fit_decreasing(lengths: np.ndarray, row_tokens: int, row_examples: int) -> np.ndarray:
-    """[E] row of each example: longest first, each into the fullest row that still takes it. Rows are numbered as opened."""
+    """[E] row of each example: longest first, each into the fullest row that still takes it.
+
+    Rows are numbered as opened.
+    """
     order = np.argsort(-lengths, kind="mergesort")
     rows = np.empty(len(lengths), np.int64)
     free = np.empty(len(lengths), np.int64)
@@ -164,6 +168,8 @@ def fill_rows(examples: ExampleSet, rows: list[np.ndarray], packing: Packing) ->
     loss_weights = np.zeros(shape, np.float32)
     mask = np.zeros(width, np.float32)
     per_example = {k: np.zeros(width, np.int32) for k in EXAMPLE_KEYS}
+    outputs = [*(wide[k] for k in TOKEN_KEYS), loss_weights, *(wide[k] for k in POOL_KEYS)]
+    outputs += [mask, *(per_example[k] for k in EXAMPLE_KEYS)]
     catalogue = examples.catalogue
     if any(len(row) for row in rows):
         _fill(
@@ -172,8 +178,7 @@ def fill_rows(examples: ExampleSet, rows: list[np.ndarray], packing: Packing) ->
             np.concatenate(rows).astype(np.int64),
             examples.start, examples.end, examples.user, examples.items, catalogue.tokens, catalogue.offsets,
             catalogue.text_ids, catalogue.token_weights, catalogue.intro, catalogue.first, catalogue.next,
-            catalogue.start_id, catalogue.eos_id, packing.next_item_loss == "all", *(wide[k] for k in TOKEN_KEYS),
-            loss_weights, *(wide[k] for k in POOL_KEYS), mask, *(per_example[k] for k in EXAMPLE_KEYS),
+            catalogue.start_id, catalogue.eos_id, packing.next_item_loss == "all", *outputs,
         )  # fmt: skip
     batch = {k: np.ascontiguousarray(v[:, :-1]) for k, v in wide.items()}
     return batch | {"decoder_loss_weights": loss_weights, "example_mask": mask} | per_example

@@ -1,8 +1,8 @@
 """Attention of packed rows and of a decoding step.
 
-Notable: masks come from segment ids and positions, never from a materialised [B, L, L] input; grouped queries are kept grouped
-([B, L, G, H/G, C]), so keys and values are never repeated; the N samples of a user attend to *one* copy of the prefix's keys and
-values beside their own suffix. Softmax is in float32. `xla` is the only implementation so far.
+Notable: masks come from segment ids and positions, never from a materialised [B, L, L] input; grouped queries are kept
+grouped ([B, L, G, H/G, C]), so keys and values are never repeated; the N samples of a user attend to *one* copy of the
+prefix's keys and values beside their own suffix. Softmax is in float32. `xla` is the only implementation so far.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def rope_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.A
 def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     """Rotates [..., heads, C] by angles [..., C] (shared by the heads).
 
-    The half-turn (first, second) → (−second, first) is a product with a constant matrix: splitting and concatenating the
-    halves took a tenth of a training step on CPU, where XLA does not vectorise a concatenation in the last axis.
+    The half-turn (first, second) → (−second, first) is a product with a constant matrix: splitting and concatenating
+    the halves took a tenth of a training step on CPU, where XLA does not vectorise a concatenation in the last axis.
     """
     half = x.shape[-1] // 2
     eye = np.eye(half, dtype=np.float32)
@@ -49,12 +49,13 @@ def packed_attention(
 ) -> jax.Array:
     """Causal attention inside each segment of packed rows.
 
-    Queries go in blocks of `block` places, each against the keys up to its own end, so that about half of the causal square is
-    never computed.
+    Queries go in blocks of `block` places, each against the keys up to its own end, so that about half of the causal
+    square is never computed.
 
     Args:
       query: [B, L, H, C], scaled already.
-      key, value: [B, L, G, C]; H is a multiple of G.
+      key: [B, L, G, C]; H is a multiple of G.
+      value: [B, L, G, C].
       segment_ids: [B, L] int32; 0 is padding, whose outputs mean nothing.
       block: query places a block; L need not divide by it.
 
@@ -83,7 +84,8 @@ def packed_attention(
 def decoding_layout(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A prefix's keys [B, G, C, L] and values [B, G, L, C] from [B, L, G, C] each.
 
-    What a step multiplies by comes last, so that no step transposes the prefix again: on a CPU that halves a step's attention.
+    What a step multiplies by comes last, so that no step transposes the prefix again: on a CPU that halves a step's
+    attention.
     """
     return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 

@@ -23,6 +23,9 @@ def mean_pool(hidden: jax.Array, pool: jax.Array, row_examples: int) -> jax.Arra
 
 
 def unit(vectors: jax.Array) -> jax.Array:
-    """L2-normalised over the last axis, so that a dot product is the cosine; zeros stay zeros, with a finite gradient."""
+    """L2-normalised over the last axis, so that a dot product is the cosine.
+
+    Zeros stay zeros, with a finite gradient.
+    """
     square = jnp.sum(vectors * vectors, axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

@@ -1,8 +1,8 @@
 """The decoder-only language model: RoPE, RMSNorm, grouped queries, gated MLP, tied embeddings.
 
-`hidden = model.apply(params, ..., method="activations")` is apart from `logits(hidden)`, so that pooling and both losses share
-one pass and the loss decides how much of the vocabulary is ever materialised. Keys and values are explicit results of `prefill`
-and explicit arguments of `decode`. Layers are scanned; parameters carry T5X's logical axis names.
+`hidden = model.apply(params, ..., method="activations")` is apart from `logits(hidden)`, so that pooling and both
+losses share one pass and the loss decides how much of the vocabulary is ever materialised. Keys and values are explicit
+results of `prefill` and explicit arguments of `decode`. Layers are scanned; parameters carry T5X's logical axis names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import gin
@@ -86,9 +86,17 @@ class TransformerConfig:
         return self.head_dim or self.embed_dim // self.num_heads
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be restored: everything that shapes parameters or the function they compute."""
+        """What a checkpoint must agree on to be restored: all that shapes parameters or the function they compute."""
         runtime = ("dropout_rate", "dtype", "remat", "scan_layers", "attention_block")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in runtime}
+
+
+def _partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """An initialiser whose parameter carries logical axis names.
+
+    `Module.param` hands the array out without its box; the types of flax do not say so.
+    """
+    return cast(Callable[..., jax.Array], nn.with_logical_partitioning(init, axes))
 
 
 class RMSNorm(nn.Module):
@@ -98,9 +106,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32
-        )
+        """Normalises [..., D] over its last axis, in the type of `x`."""
+        scale = self.param("scale", _partitioned(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return (normed * scale).astype(x.dtype)
@@ -116,8 +123,9 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """Multiplies `x` by the weight, its second operand, as `equation` says; in the type of `x`."""
         init = nn.initializers.normal(self.scale / math.sqrt(self.fan_in))
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32)
+        kernel = self.param("kernel", _partitioned(init, self.axes), self.shape, jnp.float32)
         return jnp.einsum(equation, x, kernel.astype(x.dtype))
 
 
@@ -127,6 +135,7 @@ class Block(nn.Module):
     config: TransformerConfig
 
     def setup(self):
+        """The projections, the two norms and the dropout."""
         c = self.config
         d, h, g, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_dim
         residual = 1.0 / math.sqrt(2 * c.num_layers)  # keeps the residual stream's variance flat in depth (GPT-2)
@@ -142,7 +151,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def __call__(self, x: jax.Array, cache: Any, context: dict[str, jax.Array], deterministic: bool, keep_kv: bool):
-        """Runs the block over a packed row, or over one step of N samples when `cache` holds (prefix, suffix) keys and values."""
+        """Runs the block over a packed row, or over one step of N samples.
+
+        Args:
+          x: [B, L, D], or [B, N, D] of a step.
+          cache: None, or the layer's (prefix, suffix) keys and values of a step; see `Transformer.decode`.
+          context: what all layers share: "sin", "cos", and "segment_ids", or "prefix_mask" and "step".
+          deterministic: False switches dropout on.
+          keep_kv: whether a packed row's keys and values are wanted.
+
+        Returns:
+          (like `x`, keys and values: of the row, the suffix with this step written, or None).
+        """
         normed = self.attention_norm(x)
         query = self.query("...d,dhc->...hc", normed) * self.config.head_width**-0.5
         key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
@@ -182,8 +202,9 @@ class Transformer(nn.Module):
     vocab_size: int
 
     def setup(self):
+        """The tied embedding, the scanned blocks and the final norm."""
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0 / math.sqrt(c.embed_dim)), ("vocab", "embed"))
+        init = _partitioned(nn.initializers.normal(1.0 / math.sqrt(c.embed_dim)), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (self.vocab_size, c.embed_dim), jnp.float32)
         self.embedding_dropout = nn.Dropout(c.dropout_rate)
         block: Any = Block
@@ -219,12 +240,12 @@ class Transformer(nn.Module):
     def _unrolled(self, deterministic: bool) -> list[Callable[..., Any]]:
         """The blocks one by one, over slices of the stacked parameters: a checkpoint does not know how it was run.
 
-        A decoding step is never scanned: a scan would copy every layer's whole cache at each step. Nor is a small model on
-        CPU, where the loop keeps XLA from fusing across its body (measured: 1.6 to 3 times slower a training step).
+        A decoding step is never scanned: a scan would copy every layer's whole cache at each step. Nor is a small model
+        on CPU, where the loop keeps XLA from fusing across its body (measured: 1.6 to 3 times slower a training step).
         """
         stacked = nn.meta.unbox(self.layers.variables["params"])
         block = Block(self.config, parent=None)
-        layers = []
+        layers: list[Callable[..., Any]] = []
         for i in range(self.config.num_layers):
             params = jax.tree.map(lambda a, i=i: a[i], stacked)
             rngs = {} if deterministic else {"dropout": self.make_rng("dropout")}
@@ -248,7 +269,9 @@ class Transformer(nn.Module):
         """Last-layer hidden states after the final norm.
 
         Args:
-          tokens, positions, segment_ids: [B, L] int32 of packed rows; segment 0 is padding.
+          tokens: [B, L] int32 of packed rows.
+          positions: [B, L] int32, each place's in its segment.
+          segment_ids: [B, L] int32; 0 is padding.
           deterministic: False switches dropout on (needs the "dropout" rng).
 
         Returns:
@@ -274,7 +297,8 @@ class Transformer(nn.Module):
         """One step of N samples a user over the user's prefix.
 
         Args:
-          tokens, positions: [B, N] int32, the token to read and its position in the joint segment.
+          tokens: [B, N] int32, the token to read.
+          positions: [B, N] int32, its position in the joint segment.
           step: scalar int32, where in the suffix this token's key and value go; places up to it are attended to.
           prefix: what `prefill` gave, per layer keys [B, G, C, L] and values [B, G, L, C].
           prefix_mask: [B, L] bool.

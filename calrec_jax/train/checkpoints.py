@@ -1,7 +1,7 @@
 """Checkpoints: orbax step folders, the latest and the best kept, and the facts that say what belongs together.
 
-A stage folder holds `checkpoints/<step>/` (orbax: state, and its metrics), `model.json` (written before step 0: sizes, template,
-tokenizer and dataset hashes) and, when the stage is done, `manifest.json`.
+A stage folder holds `checkpoints/<step>/` (orbax: state, and its metrics), `model.json` (written before step 0: sizes,
+template, tokenizer and dataset hashes) and, when the stage is done, `manifest.json`.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[Transformer
       which: "best" (by validation loss) or "latest".
 
     Returns:
-      (config, params, facts); facts has vocab_size, tokenizer, template, datasets, max_history_tokens, max_target_tokens,
-      and "step", the one that was read, and "hash", which names these parameters.
+      (config, params, facts); facts has vocab_size, tokenizer, template, datasets, max_history_tokens,
+      max_target_tokens, and "step", the one that was read, and "hash", which names these parameters.
 
     Raises:
       CalrecError: nothing there, not finished, or damaged.
@@ -119,6 +119,7 @@ def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[Transformer
             restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
             raise CalrecError(
-                f"{stage}/checkpoints/{step}: cannot be read ({str(error).splitlines()[0]}); delete {stage} and train again"
+                f"{stage}/checkpoints/{step}: cannot be read ({str(error).splitlines()[0]}); "
+                f"delete {stage} and train again"
             ) from error
     return config, restored["params"], facts | {"step": step, "hash": artifacts.hash_json([manifest["hash"], step])}

@@ -1,7 +1,7 @@
 """The verb `train`: one stage, from scratch, from another stage's parameters, or from its own last checkpoint.
 
-Order of precedence at start: 1. done already: skip; 2. a checkpoint of this stage: resume from it, exactly; 3. `init_from`:
-parameters only, fresh optimiser and step (stage II); 4. scratch. The data position is the step.
+Order of precedence at start: 1. done already: skip; 2. a checkpoint of this stage: resume from it, exactly;
+3. `init_from`: parameters only, fresh optimiser and step (stage II); 4. scratch. The data position is the step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import gin
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
@@ -85,6 +86,35 @@ class Batching:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What decides a stage's outcome beside its inputs; the arguments are `train`'s."""
+
+    num_steps: int
+    eval_every: int
+    eval_users: int
+    patience: int
+    checkpoint_every: int
+    seed: int
+    model: TransformerConfig = dataclasses.field(default_factory=TransformerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    batching: Batching = dataclasses.field(default_factory=Batching)
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise CalrecError(f"train.num_steps={self.num_steps}: must be at least 1")
+
+    def settings(self) -> dict[str, Any]:
+        """As the manifest keeps them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def validation_due(self, step: int) -> bool:
+        """Whether the model after `step` steps is validated."""
+        every = self.eval_every or max(1, self.num_steps // 5)
+        return step % every == 0 or step == self.num_steps
+
+
 @gin.configurable(denylist=["out", "datasets", "tokenizer", "init_from"])
 def train(
     out: Path,
@@ -124,69 +154,72 @@ def train(
       CalrecError: bad settings, inputs that do not belong together, or a loss that is not finite.
     """
     out = Path(out)
-    config, loss_config, optimizer_config, batching = TransformerConfig(), LossConfig(), OptimizerConfig(), Batching()
-    if num_steps < 1:
-        raise CalrecError(f"train.num_steps={num_steps}: must be at least 1")
-    settings = {
-        "num_steps": num_steps,
-        "eval_every": eval_every,
-        "eval_users": eval_users,
-        "patience": patience,
-        "checkpoint_every": checkpoint_every,
-        "seed": seed,
-        "model": config,
-        "loss": loss_config,
-        "optimizer": optimizer_config,
-        "batching": batching,
-    }
+    plan = _Plan(
+        num_steps=num_steps,
+        eval_every=eval_every,
+        eval_users=eval_users,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
     made_from = _inputs(datasets, tokenizer, init_from)
-    if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings=settings):
+    if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings=plan.settings()):
         print(f"train: {out} is done already, skipped")
         return out
-    mesh = steps.make_mesh(mesh_shape)
+    mesh, batching = steps.make_mesh(mesh_shape), plan.batching
     train_examples = batching.examples(datasets, tokenizer, "train")
     valid_examples = _sample(batching.examples(datasets, tokenizer, "validation"), eval_users, seed)
     stream = PackedStream(train_examples, batching.packing(), seed=seed, mixture_exponent=batching.mixture_exponent)
     if batching.batch_rows % mesh.devices.size:
         raise CalrecError(f"Batching.batch_rows={batching.batch_rows}: must divide by the {mesh.devices.size} devices")
-    _claim(out, config, made_from, settings, train_examples, batching, tokenizer, datasets)
+    _claim(out, plan, made_from, train_examples, tokenizer, datasets)
+    with TrainingLog(out, num_steps, log_every) as log:
+        facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
+    artifacts.write_manifest(out, kind="checkpoint", made_from=made_from, settings=plan.settings(), **facts)
+    return out
 
-    model = Transformer(config, tokenizer.vocab_size)
-    optimizer = optimizer_config.transformation(num_steps)
-    state, shardings = steps.init_state(model, optimizer, mesh, seed)
-    with ckpt.manager(out) as checkpoints, TrainingLog(out, num_steps, log_every) as log:
+
+def _fit(
+    out: Path,
+    plan: _Plan,
+    mesh: Mesh,
+    stream: PackedStream,
+    valid_examples: ExampleSet,
+    tokenizer: Tokenizer,
+    init_from: Path | None,
+    log: TrainingLog,
+) -> dict[str, Any]:
+    """Trains from where the stage stands to its end; returns the manifest's facts."""
+    model, optimizer = Transformer(plan.model, tokenizer.vocab_size), plan.optimizer.transformation(plan.num_steps)
+    state, shardings = steps.init_state(model, optimizer, mesh, plan.seed)
+    with ckpt.manager(out) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
             state = ckpt.restore(checkpoints, latest, state)
             log.resume(latest)
         elif init_from is not None:
-            state = state.replace(params=_parameters_from(init_from, config, tokenizer, state.params))
-        train_step = steps.make_train_step(model, loss_config, optimizer, seed, mesh, shardings)
-        validate = _Validation(model, loss_config, mesh, valid_examples, batching)
-        every = eval_every or max(1, num_steps // 5)
+            state = dataclasses.replace(state, params=_parameters_from(init_from, plan.model, tokenizer, state.params))
+        train_step = steps.make_train_step(model, plan.loss, optimizer, plan.seed, mesh, shardings)
+        validate = _Validation(model, plan.loss, mesh, valid_examples, plan.batching)
         step = int(state.step)
-        log.start(step, state.params, train_examples, stream, batching)
-        while step < num_steps:
-            batch = training_batch(stream, step, batching, seed)
+        log.start(step, state.params, stream.examples, stream, plan.batching)
+        while step < plan.num_steps:
+            batch = training_batch(stream, step, plan.batching, plan.seed)
             state, metrics = train_step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
             step += 1
             log.step(step, batch, metrics)
-            due = step % every == 0 or step == num_steps
-            if due:
+            if plan.validation_due(step):
                 values = validate(state.params)
                 log.validation(step, values)
                 ckpt.save(checkpoints, step, state, values["loss_next_item"])
-                if patience and log.validations_since_best() >= patience:
-                    print(f"train: no better validation loss in {patience} validations, stopping at step {step}")
+                if plan.patience and log.validations_since_best() >= plan.patience:
+                    print(f"train: no better validation loss in {plan.patience} validations, stopping at step {step}")
                     break
-            elif checkpoint_every and step % checkpoint_every == 0:
+            elif plan.checkpoint_every and step % plan.checkpoint_every == 0:
                 ckpt.save(checkpoints, step, state, None)
         with artifacts.disk_errors(out):
             checkpoints.wait_until_finished()
-        best = checkpoints.best_step()
-        facts = log.summary() | {"best_step": best, "last_step": step}
-    artifacts.write_manifest(out, kind="checkpoint", made_from=made_from, settings=settings, **facts)
-    return out
+        return log.summary() | {"best_step": checkpoints.best_step(), "last_step": step}
 
 
 def _inputs(datasets: Sequence[Dataset], tokenizer: Tokenizer, init_from: Path | None) -> dict[str, str]:
@@ -206,15 +239,14 @@ def _inputs(datasets: Sequence[Dataset], tokenizer: Tokenizer, init_from: Path |
 
 def _claim(
     out: Path,
-    config: TransformerConfig,
+    plan: _Plan,
     made_from: dict[str, str],
-    settings: dict[str, Any],
     examples: ExampleSet,
-    batching: Batching,
     tokenizer: Tokenizer,
     datasets: Sequence[Dataset],
 ) -> None:
     """Writes the stage's facts, or refuses a half-trained folder that was begun with other settings or inputs."""
+    settings = plan.settings()
     facts = {
         "made_from": made_from,
         "settings": settings,
@@ -222,9 +254,9 @@ def _claim(
         "template": datasets[0].template,
         "datasets": [d.hash for d in datasets],
         "vocab_size": tokenizer.vocab_size,
-        "max_history_tokens": batching.max_history_tokens,
-        "max_target_tokens": batching.max_target_tokens,
-        "row_tokens": batching.row_tokens,
+        "max_history_tokens": plan.batching.max_history_tokens,
+        "max_target_tokens": plan.batching.max_target_tokens,
+        "row_tokens": plan.batching.row_tokens,
         "examples": examples.fingerprint(),
     }
     if (out / ckpt.FACTS_FILE).exists():
@@ -237,7 +269,7 @@ def _claim(
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    ckpt.write_facts(out, config, facts)
+    ckpt.write_facts(out, plan.model, facts)
 
 
 def _parameters_from(stage: Path, config: TransformerConfig, tokenizer: Tokenizer, like: Any) -> Any:
@@ -275,7 +307,9 @@ def training_batch(stream: PackedStream, step: int, batching: Batching, seed: in
 class _Validation:
     """Losses over the validation examples, as the paper counts them: the target's tokens, each at weight 1."""
 
-    def __init__(self, model: Transformer, loss_config: LossConfig, mesh, examples: ExampleSet, batching: Batching):
+    def __init__(
+        self, model: Transformer, loss_config: LossConfig, mesh: Mesh, examples: ExampleSet, batching: Batching
+    ):
         self._step = steps.make_eval_step(model, loss_config, mesh)
         self._sharding = steps.batch_sharding(mesh)
         self._batches = list(evaluation_batches(examples, batching.packing("last")))

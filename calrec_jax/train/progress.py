@@ -68,9 +68,9 @@ class TrainingLog:
         """Says what is about to run."""
         count = sum(x.size for x in jax.tree.leaves(params))
         print(
-            f"train: {self._out.name}: {count / 1e6:.2f} M parameters on {jax.device_count()} {jax.devices()[0].platform} "
-            f"device(s), {len(examples):,} examples of {examples.lengths.mean():.0f} tokens, steps {step} to "
-            f"{self._num_steps} of {batching.batch_rows} rows of {batching.row_tokens} tokens"
+            f"train: {self._out.name}: {count / 1e6:.2f} M parameters on {jax.device_count()} "
+            f"{jax.devices()[0].platform} device(s), {len(examples):,} examples of {examples.lengths.mean():.0f} "
+            f"tokens, steps {step} to {self._num_steps} of {batching.batch_rows} rows of {batching.row_tokens} tokens"
         )
         if len(stream.rates) > 1:
             print("train: share of each category: " + ", ".join(f"{rate:.3f}" for rate in stream.rates))
@@ -78,7 +78,8 @@ class TrainingLog:
             print(f"train: {examples.dropped_items:,} oldest history items lie beyond max_history_tokens")
         if examples.catalogue.cut:
             print(
-                f"train: {examples.catalogue.cut:,} item texts are cut to max_target_tokens={batching.max_target_tokens}"
+                f"train: {examples.catalogue.cut:,} item texts are cut to "
+                f"max_target_tokens={batching.max_target_tokens}"
             )
         self._began = self._window_began = time.monotonic()
 
@@ -146,8 +147,9 @@ class TrainingLog:
         self._rate = per_step if self._rate is None else 0.7 * self._rate + 0.3 * per_step
         left = self._rate * (self._num_steps - step)
         print(
-            f"train: step {step}/{self._num_steps} loss {row.get('loss', math.nan):.3f} next-item {row.get('loss_next_item', math.nan):.3f} "
-            f"tt {row.get('loss_target_target', math.nan):.3f} ut {row.get('loss_user_target', math.nan):.3f} "
+            f"train: step {step}/{self._num_steps} loss {row.get('loss', math.nan):.3f} "
+            f"next-item {row.get('loss_next_item', math.nan):.3f} tt {row.get('loss_target_target', math.nan):.3f} "
+            f"ut {row.get('loss_user_target', math.nan):.3f} "
             f"{row['tokens_per_second']:,.0f} tokens/s ({100 * row['real_token_share']:.0f} % real) "
             f"{int(left // 60)}:{int(left % 60):02d} left",
             flush=True,

@@ -1,14 +1,15 @@
 """The pure training step, and where its arrays lie on the devices.
 
 `train_step(state, batch) -> (state, metrics)` is jitted once with the state donated and explicit shardings over a mesh
-(replica, data, fsdp, model). Metrics are sums with their weights; nothing is divided before it is reported, so means over
-devices, batches and log windows are exact.
+(replica, data, fsdp, model). Metrics are sums with their weights; nothing is divided before it is reported, so means
+over devices, batches and log windows are exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -72,7 +73,8 @@ def init_state(
 ) -> tuple[TrainState, Any]:
     """A fresh state laid out over the mesh, and its shardings.
 
-    Parameters are initialised from `seed` alone: the same on any mesh.
+    Parameters are initialised from `seed` alone: the same on any mesh. A dimension that its mesh axes do not divide
+    evenly, such as a vocabulary of odd size, is not split.
     """
 
     def create(key: jax.Array) -> TrainState:
@@ -82,9 +84,34 @@ def init_state(
 
     key = jax.random.key(seed)
     boxed = jax.eval_shape(create, key)
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES)
-    state = jax.jit(lambda k: nn.unbox(create(k)), out_shardings=nn.unbox(shardings))(key)
-    return state, nn.unbox(shardings)
+    shardings = nn.unbox(nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES))
+    shardings = jax.tree.map(_evenly, shardings, nn.unbox(boxed))
+    state = jax.jit(lambda k: nn.unbox(create(k)), out_shardings=shardings)(key)
+    return state, shardings
+
+
+def _evenly(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
+    """`sharding` without the mesh axes that do not divide the array's dimension."""
+
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(sharding.mesh.shape[name] for name in names)
+
+    split = zip(sharding.spec, array.shape, strict=False)  # a spec may name fewer dimensions than there are
+    return NamedSharding(sharding.mesh, PartitionSpec(*(None if size % parts(axes) else axes for axes, size in split)))
+
+
+def _activations(model: Transformer, params: Any, batch: dict[str, jax.Array], **options: Any) -> jax.Array:
+    """[B, L, D] hidden states of a batch; `options` are those of `Transformer.activations`, and its rngs."""
+    hidden = model.apply(
+        {"params": params},
+        batch["decoder_input_tokens"],
+        batch["decoder_positions"],
+        batch["decoder_segment_ids"],
+        method="activations",
+        **options,
+    )
+    return cast(jax.Array, hidden)  # flax's type leaves room for mutated variables beside it
 
 
 def make_train_step(
@@ -103,15 +130,7 @@ def make_train_step(
 
     def loss_of(params: Any, batch: dict[str, jax.Array], step: jax.Array):
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)} if dropout else {}
-        hidden = model.apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            batch["decoder_positions"],
-            batch["decoder_segment_ids"],
-            deterministic=not dropout,
-            rngs=rngs,
-            method="activations",
-        )
+        hidden = _activations(model, params, batch, deterministic=not dropout, rngs=rngs)
         return calrec_loss(hidden, params["embedding"], batch, loss_config)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
@@ -146,14 +165,7 @@ def make_eval_step(
     """Builds the jitted `eval_step(params, batch) -> metrics`, without dropout."""
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
-        hidden = model.apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            batch["decoder_positions"],
-            batch["decoder_segment_ids"],
-            method="activations",
-        )
-        return calrec_loss(hidden, params["embedding"], batch, loss_config)[1]
+        return calrec_loss(_activations(model, params, batch), params["embedding"], batch, loss_config)[1]
 
     return jax.jit(
         eval_step, in_shardings=(None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec())
