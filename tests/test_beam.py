@@ -46,7 +46,7 @@ def renormalised(model, params, prompt: list[int], leaves: list[list[int]]) -> n
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_model(V, seed=5)
+    return tiny_model(V, seed=5, num_layers=1)
 
 
 @pytest.mark.parametrize("common", [[], COMMON], ids=["no root path", "root path"])
