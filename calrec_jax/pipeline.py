@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -274,6 +276,13 @@ class Line:
         timing = {**before, name: before.get(name, 0.0) + seconds}
         steps = [{"step": step, "seconds": round(value, 3)} for step, value in timing.items()]
         artifacts.write_json(self.layout.timing, {"steps": steps, "seconds": round(sum(timing.values()), 3)})
+
+
+def _free_programs() -> None:
+    """Drops the step's compiled programs: those of all steps together would take half of a small machine's memory."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def _read_seconds(layout: RunLayout) -> dict[str, float]:

@@ -7,6 +7,7 @@ template, tokenizer and dataset hashes) and, when the stage is done, `manifest.j
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ from calrec_jax.models.transformer import TransformerConfig
 
 FACTS_FILE = "model.json"
 METRIC = "validation_loss"
+
+
+class _Chatter(logging.Filter):
+    """Drops orbax's warnings that restate options we chose; everything else passes."""
+
+    SAID = ("CheckpointManagerOptions.read_only=True", "Given directory is read only", "Requested `tracked_metric`")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is printed."""
+        return not record.getMessage().startswith(self.SAID)
+
+
+logging.getLogger("absl").addFilter(_Chatter())
 
 
 def manager(stage: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
