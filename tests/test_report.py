@@ -23,10 +23,12 @@ from calrec_jax.data import dataset as dataset_lib
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate import report, showcase
+from calrec_jax.pipeline import Line
 from calrec_jax.rank.shards import RankedLists
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><!--<script> & \u2028 {{data}} 𝄞'
 NUM_USERS, NUM_ITEMS = 40, 30
+STEPS = [("shop", 1.25), ("prepare Shop", 2.0), ("train stage1", 61.5)]
 
 
 def make_dataset(folder, num_users=NUM_USERS, num_items=NUM_ITEMS, longest=9, name="Shop", seed=0):
@@ -182,7 +184,9 @@ def run(tmp_path_factory, dataset):
     lines = [{"step": s, "split": "train", "loss": 4 / s, "tokens_per_second": 100.0 + s} for s in range(1, 31)]
     lines += [{"step": s, "split": "validation", "loss": 5 / s, "ndcg@10": 0.01 * s} for s in (10, 20, 30)]
     (root / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    artifacts.write_json(root / "timing.json", {"train stage1": 61.5, "prepare Shop": 2.0})
+    line = Line(run_dir=str(root), target="Shop")
+    for step, seconds in STEPS:
+        line._add_seconds(step, seconds)
     arguments = {
         "dataset": dataset,
         "metrics": make_metrics(dataset),
@@ -535,16 +539,8 @@ def test_a_stage_without_curves_says_why(tmp_path, text, reason):
     assert stage["name"] == "stage2" and reason in stage["missing"]
 
 
-def test_step_times_come_in_the_order_of_the_line(page, tmp_path):
-    assert [(step["step"], step["seconds"]) for step in page.data["timing"]] == [
-        ("prepare Shop", 2.0), ("train stage1", 61.5)
-    ]  # fmt: skip
-    artifacts.write_json(tmp_path / "t.json", {"upload": 1.0, "rank a": {"seconds": 3.5, "users": 12}, "vocab": 2})
-    assert report._read_timing(tmp_path / "t.json") == [
-        {"step": "vocab", "seconds": 2, "facts": {}},
-        {"step": "rank a", "seconds": 3.5, "facts": {"users": 12}},
-        {"step": "upload", "seconds": 1.0, "facts": {}},
-    ]
+def test_step_times_are_those_that_the_line_wrote(page):
+    assert page.data["timing"] == [{"step": step, "seconds": seconds} for step, seconds in STEPS]
 
 
 def test_errors_name_what_is_wrong(run, dataset, tmp_path):
@@ -572,9 +568,15 @@ def test_errors_name_what_is_wrong(run, dataset, tmp_path):
     pq.write_table(pa.table({"user_id": ["u001"], "texts": [["a"]]}), tmp_path / "other" / "part-00000.parquet")
     with pytest.raises(CalrecError, match=r"other: the shards lack the columns \['log_probs'"):
         write(completions={"test-sample": tmp_path / "other"})
-    artifacts.write_json(tmp_path / "run" / "timing.json", [1, 2])
-    with pytest.raises(CalrecError, match=r"timing\.json does not map steps to seconds"):
-        write()
+    for timing in (
+        [1, 2],
+        {"train stage1": 61.5},
+        {"steps": [{"step": "vocab", "seconds": None}]},
+        {"steps": ["vocab"]},
+    ):
+        artifacts.write_json(tmp_path / "run" / "timing.json", timing)
+        with pytest.raises(CalrecError, match=r"timing\.json does not list steps with their seconds"):
+            write()
     assert not (tmp_path / "run" / "report" / "report.html").exists()
 
 
@@ -596,8 +598,16 @@ def test_a_browser_draws_every_section(run, dataset, tmp_path):
     body = shown[: shown.index('<script type="application/json"')]
     best = arguments["metrics"]["rows"][1]["metrics"]["ndcg@10"]
     assert f"{best:.4f}"[1:] in body
-    for fragment in ('class="row-calrec"', 'class="series', "1 min 02 s", "Its rank in", "Completions test-sample"):
+    for fragment in (
+        'class="row-calrec"',
+        'class="series',
+        "1 min 02 s",
+        "95.0 %",
+        "Its rank in",
+        "Completions test-sample",
+    ):
         assert fragment in body, fragment
+    assert "NaN" not in body and "undefined" not in body
     bare = {"dataset": dataset, "metrics": make_metrics(dataset), "rankings": {}, "completions": {}, "training": {}}
     shown = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
     body = shown[: shown.index('<script type="application/json"')]

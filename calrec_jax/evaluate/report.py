@@ -27,7 +27,6 @@ REPORT_FILE = "report.html"
 _SCRIPTS = ("dom.js", "charts.js", "results.js", "training.js", "users.js", "main.js")
 _MOST_POINTS = 300  # of a curve; more are not seen at the width of a plot and make the file large
 _FIRST_METRICS = ("loss", "loss_next_item", "loss_user_target", "loss_target_target")
-_VERBS = ("prepare", "vocab", "train", "decode", "rank", "evaluate")
 _LAST_METRICS = ("learning_rate", "tokens_per_second")
 
 
@@ -211,21 +210,19 @@ def _curve(points: Mapping[int, float]) -> dict[str, Any]:
     return {"points": shown, "best": [best[0], best[1]]}
 
 
-def _step_order(step: str) -> tuple[int, str]:
-    """The order of the line; a step is named by its verb and what it makes."""
-    verb = step.split(" ")[0]
-    return _VERBS.index(verb) if verb in _VERBS else len(_VERBS), step
-
-
 def _read_timing(path: Path) -> list[dict[str, Any]]:
-    """Steps of `timing.json`: seconds by step, or a record by step that holds `seconds` and other facts."""
+    """Steps and seconds of `timing.json`, as `pipeline.Line` writes them: in the order in which they were first run."""
     if not path.is_file():
         return []
     timing = artifacts.read_json(path)
-    if not isinstance(timing, dict):
-        raise CalrecError(f"{path} does not map steps to seconds. Remove it: the next run writes it again.")
-    steps = []
-    for step, entry in sorted(timing.items(), key=lambda item: _step_order(item[0])):
-        facts = dict(entry) if isinstance(entry, dict) else {"seconds": entry}
-        steps.append({"step": step, "seconds": facts.pop("seconds", None), "facts": facts})
-    return steps
+    steps = timing.get("steps") if isinstance(timing, dict) else None
+    if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
+        raise CalrecError(f"{path} does not list steps with their seconds. Remove it: the next run writes it again.")
+    return [{"step": step["step"], "seconds": step["seconds"]} for step in steps]
+
+
+def _is_step(step: Any) -> bool:
+    if not isinstance(step, dict) or not isinstance(step.get("step"), str):
+        return False
+    seconds = step.get("seconds")
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)

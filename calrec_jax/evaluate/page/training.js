@@ -16,8 +16,8 @@ const metricName = (key) => METRIC_NAMES[key] || (isRankingMetric(key) ? metricL
 function duration(seconds) {
   if (!isNumber(seconds)) return "–";
   if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  const minutes = Math.floor(seconds / 60);
-  if (minutes < 60) return `${minutes} min ${String(Math.round(seconds % 60)).padStart(2, "0")} s`;
+  const minutes = Math.floor(Math.round(seconds) / 60);
+  if (minutes < 60) return `${minutes} min ${String(Math.round(seconds) % 60).padStart(2, "0")} s`;
   return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
 }
 
@@ -148,13 +148,12 @@ function renderData(report) {
 function renderCost(report) {
   const body = byId("cost-body");
   if (!report.timing.length) { replace(body, notice("No timings were recorded for this run.")); return; }
-  const extra = [...new Set(report.timing.flatMap((step) => Object.keys(step.facts)))];
-  const total = report.timing.reduce((sum, step) => sum + (step.seconds || 0), 0);
+  const total = report.timing.reduce((sum, step) => sum + step.seconds, 0);
   replace(body, html("p", { class: "note" }, "Wall-clock time of the steps that were finished before this report was written."), html("div", { class: "table-scroll narrow", tabindex: 0, role: "region", "aria-label": "Time of each step" }, html("table", {},
-    html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Step"), html("th", { scope: "col" }, "Time"), html("th", { scope: "col" }, "Share"), extra.map((name) => html("th", { scope: "col" }, words(name))))),
+    html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Step"), html("th", { scope: "col" }, "Time"), html("th", { scope: "col" }, "Share"))),
     html("tbody", {}, report.timing.map((step) => html("tr", {}, html("th", { scope: "row", class: "text" }, upper(step.step)), html("td", {}, duration(step.seconds)),
-      html("td", {}, isNumber(step.seconds) && total ? `${((100 * step.seconds) / total).toFixed(1)} %` : "–"), extra.map((name) => html("td", {}, plain(step.facts[name])))))),
-    html("tbody", {}, html("tr", {}, html("th", { scope: "row" }, "In all"), html("td", {}, duration(total)), html("td", {}, ""), extra.map(() => html("td", {}, "")))))));
+      html("td", {}, total ? `${((100 * step.seconds) / total).toFixed(1)} %` : "–")))),
+    html("tbody", {}, html("tr", {}, html("th", { scope: "row" }, "In all"), html("td", {}, duration(total)), html("td", {}, ""))))));
 }
 
 function renderProvenance(report) {
