@@ -14,12 +14,13 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from calrec_jax.errors import CalrecError
 
 MANIFEST = "manifest.json"
+SHARDS = "part-*.parquet"
 _UNHASHED = ("hash", "gin")
 _RESERVED = ("kind", "made_from", "settings", *_UNHASHED)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -276,6 +277,42 @@ def read_manifest(folder: str | os.PathLike, *, kind: str) -> dict[str, Any]:
             f"{path} was changed after it was written; delete {folder} and run the step that makes it again"
         )
     return manifest
+
+
+def hash_files(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
+    """Name to hash of each file: the fact `files` of a manifest, which `check_files` reads.
+
+    Raises:
+      CalrecError: a file is missing or cannot be read.
+    """
+    return {pathlib.Path(path).name: hash_file(path) for path in paths}
+
+
+def check_files(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
+    """Checks that an artefact's files are those that its manifest names in `files`, by their hashes.
+
+    Args:
+      folder: the artefact's folder.
+      manifest: as `read_manifest` gives it.
+
+    Raises:
+      CalrecError: a file is missing or was changed, a shard (`SHARDS`, which readers take all of) is there that the
+        manifest does not name, or the manifest names no files; the message names all such files.
+    """
+    folder = pathlib.Path(folder)
+    again = f"delete {folder} (and what was made from it) and run the step that makes it again"
+    hashes = manifest.get("files")
+    if not isinstance(hashes, dict) or not hashes:
+        raise CalrecError(f"{folder / MANIFEST} names no files, so they cannot be checked; {again}")
+    wrong = [f"{name} is missing" for name in sorted(hashes) if not (folder / name).is_file()]
+    wrong += [f"{path.name} does not belong to it" for path in sorted(folder.glob(SHARDS)) if path.name not in hashes]
+    wrong += [
+        f"{name} was changed after it was written"
+        for name, digest in sorted(hashes.items())
+        if (folder / name).is_file() and hash_file(folder / name) != digest
+    ]
+    if wrong:
+        raise CalrecError(f"the files in {folder} are not those of its manifest: {', '.join(wrong)}; {again}")
 
 
 def is_done(folder: str | os.PathLike, *, kind: str, made_from: Mapping[str, str], settings: Mapping[str, Any]) -> bool:

@@ -87,9 +87,14 @@ class RankingMetrics:
         with tempfile.TemporaryDirectory(prefix="calrec-") as folder:
             completions, ranking = pathlib.Path(folder, "completions"), pathlib.Path(folder, "ranking")
             table = pa.Table.from_pylist(rows, schema=shards.SCHEMA)
-            shards.write_shard(shards.shard_path(completions, 0), table, "")
+            shard = shards.shard_path(completions, 0)
+            shards.write_shard(shard, table, "")
             artifacts.write_manifest(
-                completions, kind="completions", made_from={"dataset": dataset.hash}, settings={"split": splits[0]}
+                completions,
+                kind="completions",
+                made_from={"dataset": dataset.hash},
+                settings={"split": splits[0]},
+                files=artifacts.hash_files([shard]),
             )
             rank(ranking, dataset, completions, split=splits[0], missing="skip")
             depth = artifacts.read_manifest(ranking, kind=KIND)["list_depth"]

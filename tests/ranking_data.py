@@ -122,5 +122,11 @@ def write_completions(folder, dataset, rows, *, split="test", dataset_hash=None,
             table = pa.table({"item_id": dataset.item_ids[::-1].tolist(), "embedding": item_embeddings[::-1].tolist()})
             pq.write_table(table, temporary / "item_embeddings.parquet")
         made_from = {"dataset": dataset_hash or dataset.hash}
-        artifacts.write_manifest(temporary, kind="completions", made_from=made_from, settings={"split": split})
+        artifacts.write_manifest(
+            temporary,
+            kind="completions",
+            made_from=made_from,
+            settings={"split": split},
+            files=artifacts.hash_files(temporary.glob("*.parquet")),
+        )
     return folder

@@ -270,3 +270,35 @@ def test_is_done_is_false_when_half_written(tmp_path):
     (tmp_path / "items.parquet").write_text("half")
     assert not artifacts.is_done(tmp_path, kind="dataset", made_from={}, settings={})
     assert not artifacts.is_done(tmp_path / "nowhere", kind="dataset", made_from={}, settings={})
+
+
+@given(
+    st.dictionaries(st.sampled_from(["part-00000.parquet", "part-00001.parquet", "a.json"]), st.binary(), min_size=1)
+)
+@settings(deadline=None, max_examples=30)
+def test_files_as_hashed_are_those_of_the_manifest(tmp_path_factory, contents):
+    folder = tmp_path_factory.mktemp("files")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    write(folder, files=artifacts.hash_files(folder.iterdir()))
+    (folder / "notes.txt").write_text("not read by any step")
+    artifacts.check_files(folder, artifacts.read_manifest(folder, kind="dataset"))
+
+
+def test_files_that_are_not_those_of_the_manifest_are_all_named(tmp_path):
+    for number in range(3):
+        (tmp_path / f"part-0000{number}.parquet").write_text(str(number))
+    write(tmp_path, files=artifacts.hash_files(tmp_path.iterdir()))
+    manifest = artifacts.read_manifest(tmp_path, kind="dataset")
+    (tmp_path / "part-00000.parquet").write_text("9")
+    (tmp_path / "part-00001.parquet").unlink()
+    (tmp_path / "part-00003.parquet").write_text("3")
+    with pytest.raises(CalrecError) as caught:
+        artifacts.check_files(tmp_path, manifest)
+    assert str(caught.value) == (
+        f"the files in {tmp_path} are not those of its manifest: part-00001.parquet is missing, part-00003.parquet "
+        "does not belong to it, part-00000.parquet was changed after it was written; "
+        f"delete {tmp_path} (and what was made from it) and run the step that makes it again"
+    )
+    with pytest.raises(CalrecError, match="names no files, so they cannot be checked; delete"):
+        artifacts.check_files(tmp_path, {**manifest, "files": {}})

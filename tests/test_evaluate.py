@@ -111,10 +111,10 @@ def test_files_hold_what_is_returned(tmp_path, dataset, run):
 
 
 def test_the_same_inputs_give_the_same_bytes_and_a_done_report_is_skipped(tmp_path, dataset, run, capsys):
-    one, two = tmp_path / "report", tmp_path / "again" / "report"
+    one, two = tmp_path / "report", tmp_path / "report-again"
     first = evaluate(one, dataset, run, resamples=20)
     evaluate(two, dataset, run, resamples=20)
-    for name in ("metrics.json", "per_user.parquet", "manifest.json"):
+    for name in ("metrics.json", "per_user.parquet", "report.html", "manifest.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     before = (one / "metrics.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -248,6 +248,29 @@ def test_rankings_of_another_dataset_or_split_are_refused(tmp_path, dataset, run
     with pytest.raises(CalrecError, match="does not exist"):
         evaluate(tmp_path / "report", dataset, {"calrec": tmp_path / "nowhere"})
     assert not (tmp_path / "report").exists()
+
+
+def test_files_that_were_changed_are_refused(tmp_path, dataset, run):
+    out = tmp_path / "report"
+    files = {
+        "test-sample": tmp_path / "completions" / "test-sample" / "part-00001.parquet",
+        "test-short": run["short"] / "part-00000.parquet",
+    }
+    for name, path in files.items():
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"x")
+        with pytest.raises(CalrecError, match=rf"{name} are not those of its manifest: {path.name} was changed"):
+            evaluate(out, dataset, run, resamples=9)
+        path.write_bytes(whole)
+    assert not out.exists()
+    metrics = evaluate(out, dataset, run, resamples=9)
+    assert evaluate(out, dataset, run, resamples=9) == metrics
+    for name in ("metrics.json", "per_user.parquet", "report.html"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole + b" ")
+        with pytest.raises(CalrecError, match=rf"{name} was changed after it was written; delete .*report"):
+            evaluate(out, dataset, run, resamples=9)
+        (out / name).write_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ranking_data import completion_rows, make_dataset, write_completions
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.bm25 import BM25Index
+from calrec_jax.rank.completions import Completions
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import order
 from calrec_jax.rank.round_robin import round_robin_scores
@@ -288,13 +289,41 @@ def test_broken_completions_are_named(tmp_path, dataset, change, message):
         rank(tmp_path / "ranking", dataset, write_completions(tmp_path / "completions", dataset, rows))
 
 
-def test_a_broken_shard_is_named(tmp_path, dataset, completions):
+def test_a_broken_shard_is_named(dataset, completions):
+    columns = ["texts", "log_probs", "num_tokens"]
     (completions / "part-00001.parquet").write_bytes(b"junk")
     with pytest.raises(CalrecError, match=r"part-00001\.parquet cannot be read as Parquet"):
-        rank(tmp_path / "ranking", dataset, completions)
+        Completions(completions, dataset, columns)
     pq.write_table(pa.table({"user_id": ["u000"]}), completions / "part-00001.parquet")
     with pytest.raises(CalrecError, match=r"part-00001\.parquet lacks the columns"):
-        rank(tmp_path / "ranking", dataset, completions)
+        Completions(completions, dataset, columns)
+
+
+def test_only_the_files_of_the_manifest_are_ranked(tmp_path, dataset, rows, completions):
+    out = tmp_path / "rankings" / "test-calrec"
+    other = write_completions(tmp_path / "other", dataset, completion_rows(dataset, seed=1))
+    shard = completions / "part-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes((other / shard.name).read_bytes())
+    with pytest.raises(
+        CalrecError, match=r"part-00001\.parquet was changed after it was written; delete .*completions"
+    ):
+        rank(out, dataset, completions)
+    shard.unlink()
+    with pytest.raises(CalrecError, match=r"part-00001\.parquet is missing"):
+        rank(out, dataset, completions)
+    shard.write_bytes(whole)
+    (completions / "part-00002.parquet").write_bytes(whole)
+    with pytest.raises(CalrecError, match=r"part-00002\.parquet does not belong to it"):
+        rank(out, dataset, completions)
+    assert not out.exists()
+    (completions / "part-00002.parquet").unlink()
+    rank(out, dataset, completions)
+    (out / "part-00000.parquet").write_bytes(whole)
+    with pytest.raises(
+        CalrecError, match=r"test-calrec are not those of its manifest: part-00000\.parquet was changed"
+    ):
+        rank(out.parent / "test-fused", dataset, None, source="fusion", fuse={"calrec": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -156,13 +156,12 @@ def decode(
         vectors = item_embeddings(model, params, catalogue, decoder.compiled)
         shards.write_item_embeddings(out, dataset.item_ids.tolist(), vectors, request)
         written.append(out / shards.ITEM_EMBEDDINGS_FILE)
-    files = {path.name: artifacts.hash_file(path) for path in written}
     artifacts.write_manifest(
         out,
         kind="completions",
         made_from=made_from,
         settings=settings,
-        files=files,
+        files=artifacts.hash_files(written),
         users=writer.users,
         dropped_history_items=writer.prompts.dropped_items,
         history_tokens=budget,

@@ -74,8 +74,8 @@ def evaluate(
       What `metrics.json` holds.
 
     Raises:
-      CalrecError: a setting is not valid, a ranking is missing, broken, or of another dataset or split, or `out` holds
-        a report made otherwise.
+      CalrecError: a setting is not valid, a ranking is missing, broken, or of another dataset or split, a file that
+        is read was changed after it was written, or `out` holds a report made otherwise.
     """
     from calrec_jax.evaluate.report import write_report
 
@@ -100,10 +100,17 @@ def evaluate(
         "seed": seed,
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
+        artifacts.check_files(out, artifacts.read_manifest(out, kind=KIND))
         metrics = artifacts.read_json(out / "metrics.json")
         print_table(metrics)
         return metrics
     _check_names([*baselines, *rankings, *([ORACLE] if oracle is not None else [])])
+    if completions is None:
+        completions = _completions_of(manifests, out.parent)
+    for name, folder in rankings.items():
+        artifacts.check_files(folder, manifests[name])
+    for folder in completions.values():
+        artifacts.check_files(folder, artifacts.read_manifest(folder, kind="completions"))
     histories = Histories(dataset, split)
     everyone = np.ones(len(dataset.user_ids), bool)
     rows = [
@@ -119,15 +126,16 @@ def evaluate(
     with artifacts.atomic_file(out / "per_user.parquet") as temporary:
         pq.write_table(per_user, temporary, compression="zstd")
     artifacts.write_json(out / "metrics.json", metrics)
-    write_report(
+    report = write_report(
         out,
         dataset=dataset,
         metrics=metrics,
         rankings=rankings,
-        completions=_completions_of(manifests, out.parent) if completions is None else completions,
+        completions=completions,
         training=_training_of(out.parent) if training is None else training,
     )
-    files = {name: artifacts.hash_file(out / name) for name in ("metrics.json", "per_user.parquet")}
+    # The page shows the seconds of the steps, so this manifest's hash is another in each run; nothing is made from it.
+    files = artifacts.hash_files([out / "metrics.json", out / "per_user.parquet", report])
     artifacts.write_manifest(out, kind=KIND, made_from=made_from, settings=settings, files=files)
     print_table(metrics)
     return metrics

@@ -29,7 +29,7 @@ def _rows(
     folder: Path, columns: list[str], dataset: Dataset, users: np.ndarray
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (user, row) of the shards' rows of `users`."""
-    files = sorted(str(file) for file in Path(folder).glob("part-*.parquet"))
+    files = sorted(str(file) for file in Path(folder).glob(artifacts.SHARDS))
     if not files:
         raise CalrecError(f"{folder} has no part-*.parquet; run the step that makes it again")
     wanted = pc.field("user_id").isin(pa.array(dataset.user_ids[users], pa.string()))

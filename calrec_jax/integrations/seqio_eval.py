@@ -123,7 +123,8 @@ class Predictor:
                 split=self.split,
                 prompts=prompts,
             )
-        tables = [pq.read_table(path) for path in sorted(self.folder.glob("part-*.parquet"))]
+        artifacts.check_files(self.folder, artifacts.read_manifest(self.folder, kind="completions"))
+        tables = [pq.read_table(path) for path in sorted(self.folder.glob(artifacts.SHARDS))]
         by_user = {row["user_id"]: row for table in tables for row in table.to_pylist()}
         ids = self.source.dataset.user_ids[users]
         nothing: dict[str, Any] = {"texts": []}  # not decoded, as decode.max_users asked

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.round_robin import UserTexts
@@ -65,7 +66,7 @@ class Completions:
         self._table = table.take(by).combine_chunks()
 
     def _read(self, columns: list[str]) -> pa.Table:
-        paths = sorted(self.folder.glob("part-*.parquet"))
+        paths = sorted(self.folder.glob(artifacts.SHARDS))
         if not paths:
             raise CalrecError(f"{self.folder} has no part-*.parquet; run `calrec decode` again")
         tables = []

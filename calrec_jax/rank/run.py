@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
@@ -79,7 +80,8 @@ def rank(
     out = pathlib.Path(out)
     tokenizer = BM25Tokenizer()
     folders = {} if source != "fusion" else {name: out.parent / f"{split}-{name}" for name in dict(fuse or {})}
-    made_from = {"dataset": dataset.hash, **_input_hashes(dataset, completions, split, source, folders)}
+    inputs = _inputs(dataset, completions, split, source, folders)
+    made_from = {"dataset": dataset.hash, **{role: manifest["hash"] for role, (_, manifest) in inputs.items()}}
     settings = {
         "split": split,
         "source": source,
@@ -94,6 +96,8 @@ def rank(
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
         return out
+    for folder, manifest in inputs.values():
+        artifacts.check_files(folder, manifest)
     index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
     users = np.arange(len(dataset.user_ids))
     if source in FROM_COMPLETIONS:
@@ -109,7 +113,7 @@ def rank(
     num_items = len(dataset.item_ids)
     cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
     with artifacts.atomic_folder(out) as temporary:
-        _write(pathlib.Path(temporary), dataset, users, ranked, histories, leave_out_history, cut)
+        _write(temporary, dataset, users, ranked, histories, leave_out_history, cut)
         artifacts.write_manifest(
             temporary,
             kind=KIND,
@@ -119,6 +123,7 @@ def rank(
             users=len(users),
             items=num_items,
             list_depth=cut,
+            files=artifacts.hash_files(sorted(temporary.glob(artifacts.SHARDS))),
         )
     return out
 
@@ -140,33 +145,35 @@ def _check_settings(
         )
 
 
-def _input_hashes(
+def _inputs(
     dataset: Dataset,
     completions: pathlib.Path | None,
     split: str,
     source: str,
     folders: Mapping[str, pathlib.Path],
-) -> dict[str, str]:
-    """Role to hash of what a source reads beside the dataset; checks that it belongs to the dataset and split."""
-    inputs = {f"ranking {name}": artifacts.read_manifest(folder, kind=KIND) for name, folder in folders.items()}
+) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
+    """Role to folder and manifest of what a source reads beside the dataset; they must be of the dataset and split."""
+    inputs = {
+        f"ranking {name}": (folder, artifacts.read_manifest(folder, kind=KIND)) for name, folder in folders.items()
+    }
     if source in FROM_COMPLETIONS:
         if completions is None:
             raise CalrecError(
                 f"rank.source={source!r} needs completions: run `calrec decode`, and name its decode here"
             )
-        inputs["completions"] = artifacts.read_manifest(completions, kind="completions")
-    for role, manifest in inputs.items():
+        inputs["completions"] = completions, artifacts.read_manifest(completions, kind="completions")
+    for role, (folder, manifest) in inputs.items():
         if manifest["made_from"].get("dataset") != dataset.hash:
             raise CalrecError(
-                f"the {role} ({completions if role == 'completions' else folders[role.removeprefix('ranking ')]}) "
-                f"were made from another dataset than {dataset.name} as it is now; make them again from this one"
+                f"the {role} ({folder}) were made from another dataset than {dataset.name} as it is now; "
+                "make them again from this one"
             )
         theirs = manifest["settings"].get("split", split)
         if theirs != split:
             raise CalrecError(
                 f"the {role} are of the split {theirs!r}, and {split!r} is to be ranked; correct the path"
             )
-    return {role: manifest["hash"] for role, manifest in inputs.items()}
+    return inputs
 
 
 class _ByUser:

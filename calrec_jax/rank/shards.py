@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.ordering import Ordered
@@ -156,7 +157,7 @@ class RankingReader:
         self.folder = pathlib.Path(folder)
         self._dataset = dataset
         self._item_ids = pa.array(dataset.item_ids, pa.string())
-        paths = sorted(self.folder.glob("part-*.parquet"))
+        paths = sorted(self.folder.glob(artifacts.SHARDS))
         if not paths:
             raise CalrecError(f"{folder} has no part-*.parquet; run `calrec rank` again")
         self._files = [self._open(path) for path in paths]
