@@ -158,24 +158,3 @@ def test_items_left_out_are_tied_at_the_bottom():
     lists = order(scores.leave_out(np.array([0, 0]), np.array([0, 1])))
     assert lists.items.tolist() == [[2, 0, 1]] and lists.sources.tolist() == [[2, -1, -1]]
     assert lists.scores.tolist() == [[1.0, -np.inf, -np.inf]]
-
-
-def test_loops_compile_without_a_place_for_the_cache(monkeypatch):
-    from calrec_jax.rank import compiled as room
-
-    plain = room.numba.njit
-
-    def no_place(function, *, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return plain(function, **options)
-
-    monkeypatch.setattr(room.numba, "njit", no_place)
-
-    def double(values):
-        for place in range(len(values)):
-            values[place] *= 2
-
-    values = np.arange(3.0)
-    room.compiled(double)(values)
-    assert values.tolist() == [0.0, 2.0, 4.0]

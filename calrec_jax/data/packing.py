@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 
+from calrec_jax.compiled import compiled
 from calrec_jax.data.examples import ExampleSet
 from calrec_jax.errors import CalrecError
 
@@ -25,7 +25,7 @@ POOL_KEYS = ("user_pool", "target_pool", "item_pool")
 EXAMPLE_KEYS = ("target_user", "target_item", "target_text")
 
 
-@numba.njit(cache=True)
+@compiled
 def best_fit_decreasing(lengths: np.ndarray, row_tokens: int, row_examples: int) -> np.ndarray:
     """[E] row of each example: longest first, each into the fullest row that still takes it.
 
@@ -52,7 +52,7 @@ def best_fit_decreasing(lengths: np.ndarray, row_tokens: int, row_examples: int)
     return rows
 
 
-@numba.njit(cache=True)
+@compiled
 def _fill(
     row_of, slot_of, example_of, start, end, user, items, tokens, offsets, text_ids, weights, intro, first, following,
     start_id, eos_id, all_items, inputs, targets, segments, positions, loss_weights, user_pool, target_pool, item_pool,

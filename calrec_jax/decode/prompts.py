@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from calrec_jax.compiled import compiled
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.examples import TokenCatalogue, build_examples
 
@@ -84,7 +84,7 @@ class GivenPrompts:
         return out
 
 
-@numba.njit(cache=True)
+@compiled
 def _fill(out, start, end, items, tokens, offsets, frame, following):  # pragma: no cover (compiled)
     for row in range(out.shape[0]):
         at = len(frame)

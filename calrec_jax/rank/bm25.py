@@ -21,9 +21,9 @@ import gin
 import numpy as np
 
 from calrec_jax import artifacts
+from calrec_jax.compiled import compiled
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
-from calrec_jax.rank.compiled import compiled
 
 _TOKEN = re.compile(r"\w+")
 # NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from calrec_jax.rank.compiled import compiled
+from calrec_jax.compiled import compiled
 
 _TINY = np.float32(np.finfo(np.float32).tiny)  # below it lie the subnormals, which some libraries take for zero
 

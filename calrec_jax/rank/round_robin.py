@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calrec_jax.compiled import compiled
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.bm25 import BM25Index
-from calrec_jax.rank.compiled import compiled
 from calrec_jax.rank.ordering import Scores
 
 EPSILON = 1 / 5000
