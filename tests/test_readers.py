@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calrec_jax.data import readers
 from calrec_jax.data.readers import read_2018
 from calrec_jax.errors import CalrecError
 
@@ -169,6 +170,20 @@ def test_too_many_bad_lines_stop_the_run_and_name_the_worst(tmp_path):
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 4  # to look at
     with pytest.raises(CalrecError, match=r"meta_X\.json\.gz: 1 of 2 lines.*asin is missing"):
         read(tmp_path, items=[ITEM, {}], share=0.4)
+
+
+@pytest.mark.parametrize("which", ["reviews", "items"])
+def test_a_file_of_bad_lines_is_not_read_to_its_end(tmp_path, monkeypatch, which):
+    monkeypatch.setattr(readers, "_CHECK_EVERY", 50)
+    good = {"reviews": REVIEW, "items": ITEM}[which]
+    read(tmp_path, **{which: [good] * 99 + ["{"]}, share=0.01)
+    with pytest.raises(CalrecError, match=r"json\.gz: 30 of the first 50 lines cannot be used.*not JSON \(30 lines\)"):
+        read(tmp_path, **{which: [good] * 20 + ["{"] * 1000}, share=0.1)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 30
+    with pytest.raises(CalrecError, match=r"json\.gz: 15 of the first 100 lines"):
+        read(tmp_path, **{which: [good] * 85 + ["{"] * 1000}, share=0.1)
+    with pytest.raises(CalrecError, match=r"json\.gz: 11 of 80 lines"):
+        read(tmp_path, **{which: [good] * 69 + ["{"] * 11}, share=0.1)
 
 
 @pytest.mark.parametrize("which", ["X_5.json.gz", "meta_X.json.gz"])

@@ -3,8 +3,9 @@
 The 2018 layout is that of the Amazon Reviews dumps: JSON lines, gzipped or plain, of reviews (``reviewerID``,
 ``asin``, ``unixReviewTime``) and of metadata (``asin``, ``title``, ``category``, ``main_cat``, ``brand``, ``price``).
 Whether a file is gzipped is read from its first bytes. A line that cannot be used goes to the quarantine file; when
-more than a stated share of a file's lines does, reading stops. What is relational (repeated purchases, order, lengths)
-comes later, in `prepare.py`.
+more than a stated share of a file's lines does, reading stops: at its end, or before that when the share is exceeded
+by all lines up to a multiple of 100,000. What is relational (repeated purchases, order, lengths) comes later, in
+`prepare.py`.
 
 Times are seconds since 1970. A value from 10^11 on counts as milliseconds (as seconds it would be after the year 5000)
 and is divided; what is negative or after the year 2100 is quarantined.
@@ -33,6 +34,7 @@ ITEMS_SCHEMA = pa.schema([(name, pa.string()) for name in ("item_id", *templates
 _MILLISECONDS_FROM = 10**11
 _END_OF_TIME = 4_102_444_800  # 2100-01-01
 _CLIP = 300
+_CHECK_EVERY = 100_000  # lines; fewer say too little of the rest
 _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
@@ -82,6 +84,40 @@ class RawCategory:
     metadata: FileReport
 
 
+@dataclasses.dataclass(frozen=True)
+class _Quarantine:
+    """Where bad lines go, and how many may.
+
+    Attributes:
+      path: the file.
+      sink: the same, open to be written.
+      max_bad_share: largest share of a file's lines.
+    """
+
+    path: Path
+    sink: IO[str]
+    max_bad_share: float
+
+    def put(self, report: FileReport, number: int, line: bytes, reason: str) -> None:
+        """Counts and writes a bad line."""
+        report.quarantined[reason] += 1
+        text = line[: 4 * _CLIP].decode("utf-8", "backslashreplace").rstrip("\r\n")[:_CLIP]
+        row = {"file": report.file, "line": number, "reason": reason, "text": text}
+        self.sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def check(self, path: Path, report: FileReport, *, of: str = "") -> None:
+        """Raises a CalrecError when more of the lines read so far are bad than may be."""
+        bad = sum(report.quarantined.values())
+        if bad <= self.max_bad_share * report.lines:
+            return
+        self.sink.flush()
+        worst = ", ".join(f"{reason} ({count} lines)" for reason, count in report.quarantined.most_common(3))
+        raise CalrecError(
+            f"{path}: {bad} of {of}{report.lines} lines cannot be used, more than max_bad_share={self.max_bad_share:g} "
+            f"allows. Worst: {worst}. The lines are in {self.path}. Mend the file, or set prepare.max_bad_share higher."
+        )
+
+
 class _BadLineError(Exception):
     """A line that goes to quarantine; the message is the reason."""
 
@@ -102,22 +138,21 @@ def read_2018(reviews: Path, metadata: Path, quarantine: Path, max_bad_share: fl
         check_file(path)
     with open(quarantine, "w", encoding="utf-8") as sink:
         review_report, metadata_report = FileReport(reviews.name), FileReport(metadata.name)
-        interactions = _read_reviews(reviews, review_report, sink)
-        _check_share(reviews, review_report, quarantine, sink, max_bad_share)
-        items = _read_metadata(metadata, metadata_report, sink)
-        _check_share(metadata, metadata_report, quarantine, sink, max_bad_share)
+        bad_lines = _Quarantine(quarantine, sink, max_bad_share)
+        interactions = _read_reviews(reviews, review_report, bad_lines)
+        items = _read_metadata(metadata, metadata_report, bad_lines)
     return RawCategory(interactions, items, review_report, metadata_report)
 
 
 LAYOUTS: dict[str, Callable[[Path, Path, Path, float], RawCategory]] = {"2018": read_2018}
 
 
-def _read_reviews(path: Path, report: FileReport, sink: IO[str]) -> pa.Table:
+def _read_reviews(path: Path, report: FileReport, bad_lines: _Quarantine) -> pa.Table:
     users: list[str] = []
     items: list[str] = []
     times: list[int] = []
     lines: list[int] = []
-    for number, record in _records(path, report, sink, _review):
+    for number, record in _records(path, report, bad_lines, _review):
         user, item, time, milliseconds = record
         users.append(user)
         items.append(item)
@@ -134,11 +169,11 @@ def _review(record: dict[str, Any]) -> tuple[str, str, int, bool]:
     return _identifier(record, "reviewerID"), _identifier(record, "asin"), time, milliseconds
 
 
-def _read_metadata(path: Path, report: FileReport, sink: IO[str]) -> pa.Table:
+def _read_metadata(path: Path, report: FileReport, bad_lines: _Quarantine) -> pa.Table:
     """An item's first row with a title wins, else its first row; the others are dropped as repeats."""
     rows: dict[str, dict[str, str | None]] = {}
     repairs: dict[str, list[str]] = {}
-    for _, (row, repaired) in _records(path, report, sink, _item):
+    for _, (row, repaired) in _records(path, report, bad_lines, _item):
         item_id = row["item_id"]
         there = rows.get(item_id)
         if there is not None:
@@ -224,10 +259,13 @@ def _time(record: dict[str, Any], field: str) -> tuple[int, bool]:
 
 
 def _records(
-    path: Path, report: FileReport, sink: IO[str], parse: Callable[[dict[str, Any]], Any]
+    path: Path, report: FileReport, bad_lines: _Quarantine, parse: Callable[[dict[str, Any]], Any]
 ) -> Iterator[tuple[int, Any]]:
     """Yields (line number from 1, parsed record) of usable lines; counts all lines, quarantines the bad ones."""
+    usable = False
     for number, line in enumerate(_lines(path), start=1):
+        if report.lines and report.lines % _CHECK_EVERY == 0:
+            bad_lines.check(path, report, of="the first ")
         report.lines += 1
         if not line.strip():
             report.dropped["blank line"] += 1
@@ -235,14 +273,15 @@ def _records(
         try:
             parsed = parse(_load(line))
         except _BadLineError as bad:
-            report.quarantined[str(bad)] += 1
-            text = line[: 4 * _CLIP].decode("utf-8", "backslashreplace").rstrip("\r\n")[:_CLIP]
-            row = {"file": path.name, "line": number, "reason": str(bad), "text": text}
-            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+            bad_lines.put(report, number, line, str(bad))
             continue
+        usable = True
         yield number, parsed
     if not report.lines:
         raise CalrecError(f"{path} is empty. Download it again, or name another file.")
+    bad_lines.check(path, report)
+    if not usable:
+        raise CalrecError(f"{path} has no usable line.")
 
 
 def _load(line: bytes) -> dict[str, Any]:
@@ -282,16 +321,3 @@ def check_file(path: Path) -> None:
         raise CalrecError(f"{path} does not exist.{hint}")
     if not path.stat().st_size:
         raise CalrecError(f"{path} is empty. Download it again, or name another file.")
-
-
-def _check_share(path: Path, report: FileReport, quarantine: Path, sink: IO[str], limit: float) -> None:
-    bad = sum(report.quarantined.values())
-    if bad > limit * report.lines:
-        sink.flush()
-        worst = ", ".join(f"{reason} ({count} lines)" for reason, count in report.quarantined.most_common(3))
-        raise CalrecError(
-            f"{path}: {bad} of {report.lines} lines cannot be used, more than max_bad_share={limit:g} allows. Worst: "
-            f"{worst}. The lines are in {quarantine}. Mend the file, or set prepare.max_bad_share higher."
-        )
-    if not report.kept:
-        raise CalrecError(f"{path} has no usable line.")
