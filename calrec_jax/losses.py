@@ -122,12 +122,13 @@ def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
         top = logits.max(0)
         shifted = jnp.exp(logits - top)  # once: the normaliser and the gradient both need it
         normaliser = shifted.sum(0)
-        picked = jnp.sum(h2.astype(jnp.float32) * jnp.take(embedding, target, axis=0), axis=-1)
+        rows = jnp.take(table, target, axis=0).astype(jnp.float32)  # as rounded as the logits are
+        picked = jnp.sum(h2.astype(jnp.float32) * rows, axis=-1)
         total += jnp.sum(weight * (jnp.log(normaliser) + top - picked))
         d_logits = (shifted * (weight / normaliser)).astype(h.dtype)
         # The −1 at the target is applied as rows of the table and of h: no one-hot of width V.
         d_h = jnp.einsum("dv,vn->dn", turned, d_logits, preferred_element_type=jnp.float32).T
-        d_h -= weight[:, None] * jnp.take(embedding, target, axis=0)
+        d_h -= weight[:, None] * rows
         d_embedding += jnp.einsum("vn,nd->vd", d_logits, h2, preferred_element_type=jnp.float32)
         d_embedding = d_embedding.at[target].add(-weight[:, None] * h2.astype(jnp.float32))
         d_taken = jax.lax.dynamic_update_slice_in_dim(d_taken, d_h.reshape(h.shape), index * chunk, axis=1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -39,6 +41,7 @@ Batching.forced_token_weight = 0.5
 Batching.sample_forced_tokens = True
 train.num_steps = 6
 train.eval_every = 3
+train.checkpoint_every = 1
 train.log_every = 2
 """
 
@@ -80,7 +83,9 @@ def test_a_stage_leaves_checkpoints_facts_curves_and_a_manifest(finished, small_
     assert [(r["split"], r["step"]) for r in rows] == [
         ("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)
     ]  # fmt: skip
-    assert manifest["best_validation_loss"] == min(r["loss_next_item"] for r in rows if r["split"] == "validation")
+    assert manifest["best_validation_loss"] == pytest.approx(
+        min(r["loss_next_item"] for r in rows if r["split"] == "validation"), rel=1e-6
+    )
     assert all(np.isfinite(r["loss"]) for r in rows) and rows[0]["tokens_per_second"] > 0
     assert list((finished / "tensorboard").glob("events.*"))
     assert params["embedding"].shape == (small_run.tokenizer.vocab_size, 16)
@@ -106,12 +111,22 @@ def test_a_second_run_is_skipped_and_the_same_seed_gives_the_same_bits(finished,
     assert (np.asarray(parameters(other)["embedding"]) != np.asarray(parameters(finished)["embedding"])).any()
 
 
-def test_an_interrupted_stage_resumes_to_the_same_bits(finished, small_run, tmp_path, monkeypatch, capsys):
+def damage(folder):
+    """Cuts every file that holds arrays."""
+    cut = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    assert cut, folder
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def test_an_interrupted_stage_with_a_damaged_checkpoint_resumes_to_the_same_bits(
+    finished, small_run, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "stage1"
     real = loop.training_batch
 
     def interrupted(stream, step, batching, seed):
-        if step == 4:
+        if step == 5:
             raise KeyboardInterrupt
         return real(stream, step, batching, seed)
 
@@ -120,16 +135,23 @@ def test_an_interrupted_stage_resumes_to_the_same_bits(finished, small_run, tmp_
         train(out, small_run.datasets, small_run.tokenizer)
     with pytest.raises(CalrecError, match="is not complete"):
         ckpt.load_checkpoint(out)
+    saved = sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved[-2:] == [4, 5], saved
+    damage(out / "checkpoints" / "5")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "spl')  # as a killed process leaves it
     monkeypatch.setattr(loop, "training_batch", real)
     train(out, small_run.datasets, small_run.tokenizer)
-    assert "resuming" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoints/5: cannot be restored" in said and "falling back to step 4" in said and "at step 4" in said
     assert_same(parameters(out), parameters(finished))
     assert_same(parameters(out, "best"), parameters(finished, "best"))
+    hashes = [artifacts.read_manifest(stage, kind="checkpoint")["hash"] for stage in (out, finished)]
+    assert hashes[0] == hashes[1]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["split"], r["step"]) for r in rows if r["split"] == "validation"] == [
-        ("validation", 3),
-        ("validation", 6),
-    ]
+    assert [(r["split"], r["step"]) for r in rows] == [
+        ("train", 2), ("validation", 3), ("train", 4), ("train", 6), ("validation", 6)
+    ]  # fmt: skip
 
 
 def test_a_half_trained_stage_of_other_settings_is_refused(small_run, tmp_path, monkeypatch):
@@ -179,16 +201,29 @@ def test_stage_two_refuses_another_model(finished, small_run, tmp_path):
         train(tmp_path / "stage2", small_run.datasets[:1], small_run.tokenizer, init_from=finished)
 
 
-def test_early_stop_ends_after_patience(small_run, tmp_path, capsys):
+def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_run, tmp_path, capsys, monkeypatch):
     gin.bind_parameter("OptimizerConfig.learning_rate", 0.5)  # diverges from the first step on
     gin.bind_parameter("train.num_steps", 30)
     gin.bind_parameter("train.eval_every", 1)
     gin.bind_parameter("train.patience", 2)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
+    assert "no better validation loss in 2 validations, stopped at step" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "training_batch", stop)  # nothing is left to train
     out = train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
     manifest = artifacts.read_manifest(out, kind="checkpoint")
-    assert manifest["last_step"] < 30
-    assert "no better validation loss in 2 validations" in capsys.readouterr().out
-    assert ckpt.load_checkpoint(out)[2]["step"] == manifest["best_step"] < manifest["last_step"]
+    assert manifest["best_step"] == manifest["last_step"] - 2 < 28
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss_next_item"] for r in rows if r["split"] == "validation"]
+    assert len(losses) == manifest["last_step"]
+    assert manifest["best_validation_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert ckpt.load_checkpoint(out)[2]["step"] == manifest["best_step"]
 
 
 def step_case(small_run, dropout=0.0):
@@ -304,7 +339,7 @@ def test_every_mesh_gives_one_devices_loss_and_parameters(small_run, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", MESHES, str(tmp_path / "batch.npz"), str(small_run.tokenizer.vocab_size)],
-        capture_output=True, text=True, check=False, env={**__import__("os").environ, "XLA_FLAGS": flags},
+        capture_output=True, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
@@ -313,7 +348,14 @@ def test_every_mesh_gives_one_devices_loss_and_parameters(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("binding", "value", "message"),
     [
-        ("train.num_steps", 0, "train.num_steps=0: must be at least 1"),
+        ("train.num_steps", 0, "train.num_steps=0: must be a whole number of at least 1"),
+        ("train.num_steps", "many", "train.num_steps='many': must be a whole number"),
+        ("train.patience", -1, "train.patience=-1: must be a whole number of at least 0"),
+        ("train.log_every", 0, "train.log_every=0: must be"),
+        ("OptimizerConfig.clip_norm", -1.0, "OptimizerConfig.clip_norm=-1.0: must be at least 0"),
+        ("TransformerConfig.dropout_rate", 2.0, "TransformerConfig.dropout_rate=2.0"),
+        ("TransformerConfig.embed_dim", 0, "TransformerConfig.embed_dim=0: must be at least 1"),
+        ("Batching.mixture_exponent", -0.3, "Batching.mixture_exponent=-0.3: must be at least 0"),
         ("OptimizerConfig.learning_rate", 0.0, "OptimizerConfig.learning_rate=0.0: must be above 0"),
         ("OptimizerConfig.warmup_fraction", 1.0, "OptimizerConfig.warmup_fraction=1.0"),
         ("train.mesh_shape", (1, 3, 1, 1), "mesh_shape=\\(1, 3, 1, 1\\): must be"),
@@ -338,12 +380,8 @@ def test_inputs_that_do_not_belong_together_are_refused(small_run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "stage1"
     shutil.copytree(finished, copy)
-    for path in (copy / "checkpoints").rglob("*"):
-        if path.is_file() and path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:100])
+    damage(copy / "checkpoints")
     with pytest.raises(CalrecError, match="cannot be read .*delete .* and train again"):
         ckpt.load_checkpoint(copy)

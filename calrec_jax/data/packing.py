@@ -296,15 +296,20 @@ class PackedStream:
 
 
 def evaluation_batches(examples: ExampleSet, packing: Packing) -> Iterator[Batch]:
-    """Every example once, in a fixed order; the last batch is filled up with empty rows."""
+    """Every example once, in a fixed order, packed window by window; the last batch is filled up with empty rows."""
     check_fits(examples, packing)
-    row = best_fit_decreasing(examples.lengths, packing.row_tokens, packing.row_examples)
-    order = np.argsort(row, kind="stable")
-    rows = np.split(order, np.flatnonzero(np.diff(row[order])) + 1)
-    for begin in range(0, len(rows), packing.batch_rows):
-        chunk = rows[begin : begin + packing.batch_rows]
-        chunk += [np.empty(0, np.int64)] * (packing.batch_rows - len(chunk))
-        yield fill_rows(examples, chunk, packing)
+    rows: list[np.ndarray] = []
+    for begin in range(0, len(examples), packing.window):
+        row = best_fit_decreasing(
+            examples.lengths[begin : begin + packing.window], packing.row_tokens, packing.row_examples
+        )
+        order = np.argsort(row, kind="stable")
+        rows += np.split(order + begin, np.flatnonzero(np.diff(row[order])) + 1)
+        while len(rows) >= packing.batch_rows:
+            yield fill_rows(examples, rows[: packing.batch_rows], packing)
+            rows = rows[packing.batch_rows :]
+    if rows:
+        yield fill_rows(examples, rows + [np.empty(0, np.int64)] * (packing.batch_rows - len(rows)), packing)
 
 
 def check_fits(examples: ExampleSet, packing: Packing) -> None:

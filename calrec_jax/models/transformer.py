@@ -67,6 +67,11 @@ class TransformerConfig:
     attention_block: int = 128
 
     def __post_init__(self):
+        for name in ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "attention_block"):
+            if getattr(self, name) < 1:
+                raise CalrecError(f"TransformerConfig.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.dropout_rate < 1:
+            raise CalrecError(f"TransformerConfig.dropout_rate={self.dropout_rate}: must be at least 0 and below 1")
         if self.num_heads % self.num_kv_heads:
             raise CalrecError(f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim is None and self.embed_dim % self.num_heads:

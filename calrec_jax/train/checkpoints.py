@@ -38,12 +38,12 @@ logging.getLogger("absl").addFilter(_Chatter())
 
 
 def manager(stage: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager over `stage/checkpoints`: asynchronous, latest and best by validation loss kept."""
+    """Orbax's manager over `stage/checkpoints`: asynchronous; the latest two and the best are kept."""
     policies = checkpoint_managers.preservation_policy
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
             [
-                policies.LatestN(1),
+                policies.LatestN(2),  # should the newest be damaged, there is one to fall back to
                 policies.BestN(get_metric_fn=lambda m: -m[METRIC], n=1, keep_checkpoints_without_metrics=False),
             ]
         ),
@@ -65,11 +65,40 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, validation_l
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
 
+def resume(checkpoints: ocp.CheckpointManager, state: Any) -> Any | None:
+    """The newest saved state that can be read, or None where none was saved; damaged steps are named and deleted.
+
+    Args:
+      checkpoints: of the stage.
+      state: a state of the wanted layout.
+
+    Raises:
+      CalrecError: there are checkpoints, and none can be read.
+    """
+    damaged: list[int] = []
+    error: CalrecError | None = None
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            restored = restore(checkpoints, step, state)
+        except CalrecError as failure:
+            print(f"train: {failure}", flush=True)
+            damaged.append(step)
+            error = error or failure
+            continue
+        for bad in damaged:
+            print(f"train: falling back to step {step}; the damaged step {bad} is deleted", flush=True)
+            checkpoints.delete(bad)
+        return restored
+    if error is not None:
+        raise error
+    return None
+
+
 def restore(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
     """A saved state in the layout (shapes, types, shardings) of `state`, whatever layout wrote it.
 
     Raises:
-      CalrecError: the folder's arrays have other names or shapes.
+      CalrecError: the step is damaged, or its arrays have other names or shapes.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     try:
@@ -77,7 +106,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CalrecError(
             f"{checkpoints.directory}/{step}: cannot be restored ({str(error).splitlines()[0]}); "
-            "delete that step's folder to resume from an earlier one, or the stage's folder to train again"
+            "delete the stage's folder to train again"
         ) from error
 
 

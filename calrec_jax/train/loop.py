@@ -13,6 +13,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -43,8 +44,8 @@ class Batching:
       max_target_tokens: an item's tokens, EOS included.
       next_item_loss: "last" (the paper) or "all".
       forced_token_weight: loss weight of item tokens without an alternative in the catalogue; 1 is the paper's.
-      sample_forced_tokens: give forced tokens weight 1 with that probability in place of that weight: the same expected
-        loss, and the vocabulary is skipped for the rest.
+      sample_forced_tokens: in training, give forced tokens weight 1 with that probability in place of that weight: the
+        same expected loss, and the vocabulary is skipped for the rest.
       split_long_histories: long training sequences become several examples rather than lose their oldest items.
       mixture_exponent: a category's rate is users^exponent.
       window: examples that are packed together.
@@ -61,6 +62,10 @@ class Batching:
     split_long_histories: bool = False
     mixture_exponent: float = 0.3
     window: int = 1024
+
+    def __post_init__(self):
+        if self.mixture_exponent < 0:
+            raise CalrecError(f"Batching.mixture_exponent={self.mixture_exponent}: must be at least 0")
 
     def packing(self, next_item_loss: str | None = None) -> Packing:
         """The shapes alone."""
@@ -102,12 +107,18 @@ class _Plan:
     batching: Batching = dataclasses.field(default_factory=Batching)
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise CalrecError(f"train.num_steps={self.num_steps}: must be at least 1")
+        for name in ("num_steps", "eval_every", "eval_users", "patience", "checkpoint_every", "seed"):
+            value, least = getattr(self, name), 1 if name == "num_steps" else 0
+            if not isinstance(value, int) or value < least:
+                raise CalrecError(f"train.{name}={value!r}: must be a whole number of at least {least}")
 
     def settings(self) -> dict[str, Any]:
         """As the manifest keeps them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def stops(self, state: steps.TrainState) -> bool:
+        """Whether patience has run out."""
+        return bool(self.patience) and int(state.since_best) >= self.patience
 
     def validation_due(self, step: int) -> bool:
         """Whether the model after `step` steps is validated."""
@@ -154,6 +165,10 @@ def train(
       CalrecError: bad settings, inputs that do not belong together, or a loss that is not finite.
     """
     out = Path(out)
+    if jax.process_count() > 1:
+        raise CalrecError(f"train: {jax.process_count()} JAX processes; training over several hosts is not built yet")
+    if log_every < 1:
+        raise CalrecError(f"train.log_every={log_every!r}: must be a whole number of at least 1")
     plan = _Plan(
         num_steps=num_steps,
         eval_every=eval_every,
@@ -170,8 +185,11 @@ def train(
     train_examples = batching.examples(datasets, tokenizer, "train")
     valid_examples = _sample(batching.examples(datasets, tokenizer, "validation"), eval_users, seed)
     stream = PackedStream(train_examples, batching.packing(), seed=seed, mixture_exponent=batching.mixture_exponent)
-    if batching.batch_rows % mesh.devices.size:
-        raise CalrecError(f"Batching.batch_rows={batching.batch_rows}: must divide by the {mesh.devices.size} devices")
+    shards = steps.row_shards(mesh)
+    if batching.batch_rows % shards:
+        raise CalrecError(
+            f"Batching.batch_rows={batching.batch_rows}: must divide by the mesh's {shards} parts of rows"
+        )
     _claim(out, plan, made_from, train_examples, tokenizer, datasets)
     with TrainingLog(out, num_steps, log_every) as log:
         facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
@@ -193,33 +211,47 @@ def _fit(
     model, optimizer = Transformer(plan.model, tokenizer.vocab_size), plan.optimizer.transformation(plan.num_steps)
     state, shardings = steps.init_state(model, optimizer, mesh, plan.seed)
     with ckpt.manager(out) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            state = ckpt.restore(checkpoints, latest, state)
-            log.resume(latest)
+        resumed = ckpt.resume(checkpoints, state)
+        if resumed is not None:
+            state = resumed
         elif init_from is not None:
             state = dataclasses.replace(state, params=_parameters_from(init_from, plan.model, tokenizer, state.params))
+        step = int(state.step)
+        log.resume(step)
         train_step = steps.make_train_step(model, plan.loss, optimizer, plan.seed, mesh, shardings)
         validate = _Validation(model, plan.loss, mesh, valid_examples, plan.batching)
-        step = int(state.step)
         log.start(step, state.params, stream.examples, stream, plan.batching)
-        while step < plan.num_steps:
+        while step < plan.num_steps and not plan.stops(state):
             batch = training_batch(stream, step, plan.batching, plan.seed)
             state, metrics = train_step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
             step += 1
             log.step(step, batch, metrics)
             if plan.validation_due(step):
-                values = validate(state.params)
-                log.validation(step, values)
-                ckpt.save(checkpoints, step, state, values["loss_next_item"])
-                if plan.patience and log.validations_since_best() >= plan.patience:
-                    print(f"train: no better validation loss in {plan.patience} validations, stopping at step {step}")
-                    break
+                with log.aside():
+                    values = validate(state.params)
+                    state = _watch(state, values["loss_next_item"])
+                    log.validation(step, values, best=int(state.since_best) == 0)
+                    ckpt.save(checkpoints, step, state, values["loss_next_item"])
             elif plan.checkpoint_every and step % plan.checkpoint_every == 0:
-                ckpt.save(checkpoints, step, state, None)
+                with log.aside():
+                    ckpt.save(checkpoints, step, state, None)
+        if step < plan.num_steps:
+            print(f"train: no better validation loss in {plan.patience} validations, stopped at step {step}")
         with artifacts.disk_errors(out):
             checkpoints.wait_until_finished()
-        return log.summary() | {"best_step": checkpoints.best_step(), "last_step": step}
+        return {"best_validation_loss": float(state.best_loss), "best_step": checkpoints.best_step(), "last_step": step}
+
+
+def _watch(state: steps.TrainState, loss: float) -> steps.TrainState:
+    """The state after a validation: the best loss so far, and how many validations ago it was."""
+    better = np.float32(loss) < float(state.best_loss)
+    best = np.float32(loss) if better else np.float32(state.best_loss)
+    since = np.int32(0 if better else int(state.since_best) + 1)
+    return dataclasses.replace(
+        state,
+        best_loss=jax.device_put(best, state.best_loss.sharding),
+        since_best=jax.device_put(since, state.since_best.sharding),
+    )
 
 
 def _inputs(datasets: Sequence[Dataset], tokenizer: Tokenizer, init_from: Path | None) -> dict[str, str]:
@@ -305,19 +337,21 @@ def training_batch(stream: PackedStream, step: int, batching: Batching, seed: in
 
 
 class _Validation:
-    """Losses over the validation examples, as the paper counts them: the target's tokens, each at weight 1."""
+    """Losses over the validation targets, with training's token weights: the choice of the item, not its spelling.
+
+    Forced tokens weigh `forced_token_weight` here, too (never sampled): compare runs of equal weight only.
+    """
 
     def __init__(
         self, model: Transformer, loss_config: LossConfig, mesh: Mesh, examples: ExampleSet, batching: Batching
     ):
         self._step = steps.make_eval_step(model, loss_config, mesh)
         self._sharding = steps.batch_sharding(mesh)
-        self._batches = list(evaluation_batches(examples, batching.packing("last")))
+        self._examples, self._packing = examples, batching.packing("last")
 
     def __call__(self, params: Any) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        pending = [self._step(params, jax.device_put(batch, self._sharding)) for batch in self._batches]
-        for metrics in jax.device_get(pending):
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return steps.averages(sums)
+        sums: dict[str, Any] = {}
+        for batch in evaluation_batches(self._examples, self._packing):
+            metrics = self._step(params, jax.device_put(batch, self._sharding))
+            sums = metrics if not sums else jax.tree.map(jnp.add, sums, metrics)
+        return steps.averages({name: float(value) for name, value in jax.device_get(sums).items()})

@@ -38,8 +38,12 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise CalrecError(f"OptimizerConfig.learning_rate={self.learning_rate}: must be above 0")
-        if not 0 <= self.warmup_fraction < 1:
-            raise CalrecError(f"OptimizerConfig.warmup_fraction={self.warmup_fraction}: must be at least 0 and below 1")
+        for name in ("warmup_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise CalrecError(f"OptimizerConfig.{name}={getattr(self, name)}: must be at least 0 and below 1")
+        for name in ("final_fraction", "weight_decay", "epsilon", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise CalrecError(f"OptimizerConfig.{name}={getattr(self, name)}: must be at least 0")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Learning rate by step."""

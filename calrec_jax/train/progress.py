@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 import tensorboardX
 
+from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
 from calrec_jax.train.step import averages
 
@@ -29,7 +32,7 @@ class TrainingLog:
     """
 
     def __init__(self, out: Path, num_steps: int, log_every: int):
-        self._out, self._num_steps, self._log_every = out, num_steps, max(1, log_every)
+        self._out, self._num_steps, self._log_every = out, num_steps, log_every
         self._path = out / "metrics.jsonl"
         self._sums: dict[str, jax.Array] | None = None
         self._real = self._places = 0
@@ -37,32 +40,40 @@ class TrainingLog:
         self._seconds_before = 0.0
         self._tokens = 0
         self._skipped = 0
-        self._best, self._since_best = math.inf, 0
         self._rate: float | None = None
+        self._steps = 0
+        self._file: TextIO | None = None
+        self._board: tensorboardX.SummaryWriter | None = None
 
     def __enter__(self) -> TrainingLog:
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(self._out / "tensorboard"))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def resume(self, step: int) -> None:
-        """Keeps the rows up to `step`, drops later ones (their steps run again), and restores the running best."""
-        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        rows = [row for row in rows if row["step"] <= step]
-        self._file.close()
-        self._path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
+        """Opens the log at a step: rows up to it are kept, later ones are dropped, since their steps run again."""
+        rows = _rows(self._path, step)
+        with artifacts.atomic_file(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
-        for row in rows:
-            if row["split"] == "validation":
-                self._track(row["loss_next_item"])
+        self._board = tensorboardX.SummaryWriter(str(self._out / "tensorboard"), purge_step=step + 1)
         train = [row for row in rows if row["split"] == "train"]
         if train:
             self._seconds_before, self._tokens = train[-1]["seconds"], train[-1]["tokens"]
-        print(f"train: resuming {self._out} at step {step}")
+        if step:
+            print(f"train: resuming {self._out} at step {step}")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Seconds in this block are not training's: they do not count in tokens a second."""
+        jax.block_until_ready(self._sums)  # steps still under way belong to training
+        begin = time.monotonic()
+        yield
+        self._window_began += time.monotonic() - begin
 
     def start(self, step: int, params: Any, examples: Any, stream: Any, batching: Any) -> None:
         """Says what is about to run."""
@@ -88,6 +99,7 @@ class TrainingLog:
         self._sums = metrics if self._sums is None else jax.tree.map(lambda a, b: a + b, self._sums, metrics)
         self._real += int(np.count_nonzero(batch["decoder_segment_ids"]))
         self._places += batch["decoder_segment_ids"].size
+        self._steps += 1
         if step % self._log_every and step != self._num_steps:
             return
         sums = {k: float(v) for k, v in jax.device_get(self._sums).items()}
@@ -103,47 +115,34 @@ class TrainingLog:
         }
         self._skipped = self._skipped + int(sums["skipped"]) if sums["skipped"] >= sums["skipped_weight"] else 0
         self._write(step, "train", row)
-        self._print(step, row, seconds)
-        self._sums, self._real, self._places, self._window_began = None, 0, 0, time.monotonic()
+        self._print(step, row, seconds / self._steps)
+        self._sums, self._real, self._places, self._steps, self._window_began = None, 0, 0, 0, time.monotonic()
         if self._skipped >= MAX_SKIPPED:
             raise CalrecError(
                 f"{self._out}: no finite loss in the last {self._skipped} steps; lower OptimizerConfig.learning_rate, "
                 "delete the folder and train again"
             )
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
+    def validation(self, step: int, values: dict[str, float], best: bool) -> None:
         """Reports a validation."""
-        if not math.isfinite(values["loss_next_item"]):
+        loss = values["loss_next_item"]
+        if not math.isfinite(loss):
             raise CalrecError(
                 f"{self._out}: validation loss is not finite at step {step}; lower OptimizerConfig.learning_rate"
             )
-        self._track(values["loss_next_item"])
         self._write(step, "validation", values)
-        mark = " (best)" if self._since_best == 0 else ""
-        print(f"train: step {step} validation next-item loss {values['loss_next_item']:.4f}{mark}", flush=True)
-        self._window_began = time.monotonic()
-
-    def _track(self, loss: float) -> None:
-        self._since_best = 0 if loss < self._best else self._since_best + 1
-        self._best = min(self._best, loss)
-
-    def validations_since_best(self) -> int:
-        """How many validations have passed without a new best."""
-        return self._since_best
-
-    def summary(self) -> dict[str, float]:
-        """Facts for the manifest."""
-        return {"best_validation_loss": self._best, "tokens": self._tokens}
+        print(f"train: step {step} validation next-item loss {loss:.4f}{' (best)' if best else ''}", flush=True)
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:
         row = {"step": step, "split": split} | values
-        self._file.write(json.dumps(row, sort_keys=True) + "\n")
-        self._file.flush()
+        assert self._file is not None and self._board is not None, "resume comes first"
+        with artifacts.disk_errors(self._out):
+            self._file.write(json.dumps(row, sort_keys=True) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
-    def _print(self, step: int, row: dict[str, float], seconds: float) -> None:
-        per_step = seconds / self._log_every
+    def _print(self, step: int, row: dict[str, float], per_step: float) -> None:
         self._rate = per_step if self._rate is None else 0.7 * self._rate + 0.3 * per_step
         left = self._rate * (self._num_steps - step)
         print(
@@ -155,3 +154,16 @@ class TrainingLog:
             flush=True,
             file=sys.stdout,
         )
+
+
+def _rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """The whole rows of a log up to a step; a killed process may have left half a line."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", step + 1) <= step:
+            rows.append(row)
+    return rows

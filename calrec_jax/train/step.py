@@ -7,6 +7,7 @@ over devices, batches and log windows are exact.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -40,11 +41,21 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds: step (scalar int32, also the data position), parameters, optimiser state."""
+    """What a checkpoint holds.
+
+    Attributes:
+      step: scalar int32; also the data position.
+      params: parameters.
+      opt_state: the optimiser's.
+      best_loss: scalar float32, lowest validation loss so far; it rides along, so that early stop resumes exactly.
+      since_best: scalar int32, validations since then.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    best_loss: jax.Array
+    since_best: jax.Array
 
 
 def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
@@ -61,6 +72,11 @@ def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
     if len(shape) != len(MESH_AXES) or int(np.prod(shape)) != len(devices):
         raise CalrecError(f"mesh_shape={shape}: must be {MESH_AXES} sizes whose product is the {len(devices)} devices")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch's rows are split into."""
+    return math.prod(size for name, size in mesh.shape.items() if name != "model")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -80,7 +96,13 @@ def init_state(
     def create(key: jax.Array) -> TrainState:
         tokens = jnp.zeros((1, 8), jnp.int32)
         params = model.init(key, tokens, tokens, tokens + 1)["params"]
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            best_loss=jnp.full((), jnp.inf, jnp.float32),
+            since_best=jnp.zeros((), jnp.int32),
+        )
 
     key = jax.random.key(seed)
     boxed = jax.eval_shape(create, key)
@@ -140,7 +162,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        new = TrainState(
+        new = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
