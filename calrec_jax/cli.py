@@ -1,8 +1,9 @@
 """The command `calrec`: one verb a step, all of them over the same gin file and run folder.
 
 Notable: nothing heavy is imported before a verb runs, so `calrec --help` answers at once. On Linux with glibc the verbs
-that compute start themselves once more with the C allocator set for large arrays, which can only be done by the
-environment of a new process; docs/performance.md has what that gains, and `CALREC_ALLOCATOR=0` switches it off.
+that train or decode (`train`, `decode`, `eval_tasks`, `run`, `quickstart`) start themselves once more with the C
+allocator set for large arrays, which can only be done by the environment of a new process; docs/performance.md has what
+that gains, and `CALREC_ALLOCATOR=0` switches it off.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 _ALLOCATOR_SWITCH = "CALREC_ALLOCATOR"
-_COMPUTING = ("train", "decode", "run", "quickstart")
+_COMPUTING = ("train", "decode", "eval_tasks", "run", "quickstart")
 _SPLIT = {"choices": ("validation", "test"), "help": "in place of run.split"}
 
 

@@ -151,6 +151,7 @@ AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
         ("train", {}, [AS_IT_WAS, SET]),
         ("train", {"CALREC_ALLOCATOR": "0"}, [AS_IT_WAS]),
         ("train", {"MALLOC_ARENA_MAX": "4"}, ["4 None True", "4 glibc.malloc.hugetlb=1 True"]),
+        ("eval_tasks", {}, [AS_IT_WAS, SET]),
         ("prepare", {}, [AS_IT_WAS]),
     ],
 )
