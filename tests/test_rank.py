@@ -326,6 +326,25 @@ def test_only_the_files_of_the_manifest_are_ranked(tmp_path, dataset, rows, comp
         rank(out.parent / "test-fused", dataset, None, source="fusion", fuse={"calrec": 1.0})
 
 
+@pytest.mark.parametrize("source", ["completions", "constrained"])
+def test_more_completions_than_a_ranking_can_name_are_refused(tmp_path, dataset, source):
+    rows = json.loads(json.dumps(completion_rows(dataset, constrained=True)))
+    setting = {"completions": "num_samples", "constrained": "num_beams"}[source]
+    rows[5]["texts"][0] = dataset.texts[0]
+    for count, whole in ((32_767, True), (32_768, False)):
+        for name in ("texts", "log_probs", "num_tokens", "finished", "item_ids"):
+            rows[5][name] = rows[5][name][:1] * count
+        rows[5]["log_probs"][-1] = 0.0  # the best one is the last
+        made = write_completions(tmp_path / f"{count}", dataset, rows)
+        if whole:
+            out = rank(tmp_path / f"ranked-{count}", dataset, made, source=source)
+            assert read(out)["u005"]["sources"][0] == count - 1
+        else:
+            message = rf"a user has 32,768 completions, and a ranking can name 32,767 .*decode\.{setting} lower"
+            with pytest.raises(CalrecError, match=message):
+                rank(tmp_path / f"ranked-{count}", dataset, made, source=source)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

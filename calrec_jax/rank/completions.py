@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
-from calrec_jax.rank.round_robin import UserTexts
+from calrec_jax.rank.round_robin import UserTexts, check_count
 from calrec_jax.rank.sources import Constrained, Tower
 
 MISSING = ("error", "skip")
@@ -121,6 +121,7 @@ class Completions:
         if items.null_count:
             unknown = flat.filter(pc.is_null(items))[0].as_py()
             raise CalrecError(f"{self.folder} names item {unknown!r}, which is not in the catalogue of the dataset")
+        check_count(lengths, "decode.num_beams")
         starts = np.concatenate([[0], np.cumsum(lengths)])
         log_probs = self._numbers("log_probs", lengths).astype(np.float64)
         if not np.isfinite(log_probs).all():

@@ -22,6 +22,7 @@ from calrec_jax.rank.ordering import Scores
 EPSILON = 1 / 5000
 BANK_BYTES = 512 * 2**20
 SCORE_KINDS = ("sum", "mean")
+MOST_COMPLETIONS = int(np.iinfo(np.int16).max)  # of a user: `sources` of a ranking are int16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,10 @@ class UserTexts:
           score: "sum" or "mean" (over tokens) of the log-probabilities.
 
         Raises:
-          CalrecError: `score` is unknown, or a log-probability is NaN or +inf.
+          CalrecError: `score` is unknown, a log-probability is NaN or +inf, or a user has more completions than a
+            ranking can name.
         """
+        check_count(lengths, "decode.num_samples")
         if score not in SCORE_KINDS:
             raise CalrecError(f"score is {score!r}: choose one of {list(SCORE_KINDS)}")
         if np.isnan(log_probs).any() or np.isposinf(log_probs).any():
@@ -108,6 +111,21 @@ class UserTexts:
         starts = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(np.bincount(users[by], minlength=len(lengths)), out=starts[1:])
         return cls(texts, starts, codes[by].astype(np.int32), values[by], places[by].astype(np.int16))
+
+
+def check_count(lengths: np.ndarray, setting: str) -> None:
+    """Raises a CalrecError, which names the setting of `decode`, where a user has more than `MOST_COMPLETIONS`.
+
+    Args:
+      lengths: [U] number of completions of each user.
+      setting: that decides the number.
+    """
+    most = int(np.max(lengths, initial=0))
+    if most > MOST_COMPLETIONS:
+        raise CalrecError(
+            f"a user has {most:,} completions, and a ranking can name {MOST_COMPLETIONS:,} at most; set {setting} "
+            "lower and decode again"
+        )
 
 
 class TextBank:
