@@ -11,6 +11,9 @@
 # --dry_run  prints what would run, and runs nothing
 #
 # Needs gcloud, logged in. Every host gets the very same command.
+#
+# Training over several hosts is not wired yet: nothing joins their JAX processes (jax.distributed), so each host would
+# train a model of its own, and `calrec train` refuses to run where there is more than one JAX process.
 set -euo pipefail
 
 fail() { echo "launch.sh: error: $1" >&2; exit 1; }
