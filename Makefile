@@ -20,7 +20,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow --durations=0
+	PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -m slow --durations=0 -p no:cacheprovider
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
