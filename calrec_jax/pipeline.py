@@ -265,6 +265,7 @@ class Line:
                 raise
             raise CalrecError(f"the gin files leave a setting unset that has no default: {error}") from error
         seconds = time.monotonic() - start
+        _free_programs()
         if not was_complete:
             self._add_seconds(name, seconds)
         print(

@@ -111,6 +111,13 @@ def test_the_whole_line(rooms, line, capsys):
     assert "in all" in out and str(root.tokenizer) in out
 
 
+def test_the_programs_of_a_finished_step_are_dropped(rooms, line, monkeypatch):
+    at = []
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(clear_caches=lambda: at.append(len(rooms.calls))))
+    line.run()
+    assert at == list(range(1, 12))
+
+
 def test_a_second_run_skips_every_step_and_keeps_the_times(rooms, line, capsys):
     line.run()
     first = artifacts.read_json(line.layout.timing)
