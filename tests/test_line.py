@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -107,11 +108,19 @@ def test_every_user_is_ranked_and_every_artefact_says_what_it_is_made_from(run):
     ranking = artifacts.read_manifest(folder / "rankings" / "test-calrec", kind="ranking")
     assert ranking["made_from"]["dataset"] == dataset["hash"]
     assert ranking["made_from"]["completions"] == manifest(folder / "completions" / "test-sample")["hash"]
-    for path in folder.rglob(artifacts.MANIFEST):
-        if path.parent.name != "raw":
-            assert (
-                "embed_dim = 32" in artifacts.read_json(path)["gin"] or "train" not in artifacts.read_json(path)["gin"]
-            )
+    # The first process was interrupted in stage I, and did no more than it needed for that.
+    for name in ("raw", "datasets/Home_and_Kitchen", "datasets/Office_Products", "tokenizer"):
+        assert (
+            "Shop.users = 150" in manifest(folder / name)["gin"] and "embed_dim" not in manifest(folder / name)["gin"]
+        )
+    for name in ("stage1", "stage2", "completions/test-sample", "rankings/test-calrec", "report"):
+        assert "stage1/TransformerConfig.embed_dim = 32" in manifest(folder / name)["gin"], name
+    for name in ("completions/test-sample", "rankings/test-calrec", "report"):
+        artifacts.check_files(folder / name, manifest(folder / name))
+    seconds = {step["step"]: step["seconds"] for step in artifacts.read_json(folder / "timing.json")["steps"]}
+    page = (folder / "report" / "report.html").read_text()
+    for step in [name for name in seconds if not name.startswith("eval")]:  # those come after the page
+        assert json.dumps({"step": step, "seconds": seconds[step]}, separators=(",", ":")) in page
     assert not [path for path in folder.rglob(".tmp-*")]
 
 
