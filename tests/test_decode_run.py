@@ -16,6 +16,7 @@ from calrec_jax.data.packing import Packing, fill_rows
 from calrec_jax.decode import prompts as prompting
 from calrec_jax.decode import run, shards
 from calrec_jax.decode.run import decode
+from calrec_jax.decode.writer import Writer
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.towers import mean_pool, unit
 
@@ -66,7 +67,7 @@ def decoded():
 @pytest.fixture(scope="module")
 def sampled(dataset, small_run, stage, decoded, tmp_path_factory):
     """One decode of all users, with embeddings."""
-    real = run._Writer._complete
+    real = Writer.complete
 
     def recorded(self, batch):
         decoded.append((batch, real(self, batch)))
@@ -75,7 +76,7 @@ def sampled(dataset, small_run, stage, decoded, tmp_path_factory):
     out = tmp_path_factory.mktemp("completions") / "test-sample"
     patch = pytest.MonkeyPatch()
     patch.setattr(run, "load_checkpoint", lambda folder: (stage[0].config, stage[1], dict(stage[2])))
-    patch.setattr(run._Writer, "_complete", recorded)
+    patch.setattr(Writer, "complete", recorded)
     decode(out, dataset, small_run.tokenizer, "stage", **SETTINGS)
     patch.undo()
     return out
@@ -194,7 +195,7 @@ def test_interrupted_resumed_and_byte_identical(dataset, small_run, sampled, tmp
     tokenizer = small_run.tokenizer
     out, calls = tmp_path / "half", []
     settings = SETTINGS
-    real = run._Writer._complete
+    real = Writer.complete
 
     def interrupted(self, batch):
         calls.append(len(batch))
@@ -203,7 +204,7 @@ def test_interrupted_resumed_and_byte_identical(dataset, small_run, sampled, tmp
         return real(self, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run._Writer, "_complete", interrupted)
+        patch.setattr(Writer, "complete", interrupted)
         decode(out, dataset, tokenizer, "stage", **settings)
     assert sorted(p.name for p in out.iterdir()) == ["part-00000.parquet", "request.json"]
     with pytest.raises(CalrecError, match=r"holds half of other completions \(setting seed"):

@@ -74,12 +74,13 @@ def is_written(path: Path, request: str, rows: int) -> bool:
     return metadata.num_rows == rows and (metadata.metadata or {}).get(_REQUEST) == request.encode()
 
 
-def write_item_embeddings(folder: Path, item_ids: Sequence[str], vectors: np.ndarray, request: str) -> None:
-    """Writes v_T of every catalogue item, [I, D], beside the shards."""
+def write_item_embeddings(folder: Path, item_ids: Sequence[str], vectors: np.ndarray, request: str) -> Path:
+    """Writes v_T of every catalogue item, [I, D], beside the shards; returns where."""
     ends = np.arange(len(vectors) + 1) * vectors.shape[1]
     embedding = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(vectors.reshape(-1)))
     table = pa.table({"item_id": pa.array(item_ids, pa.string()), "embedding": embedding})
     write_shard(folder / ITEM_EMBEDDINGS_FILE, table, request)
+    return folder / ITEM_EMBEDDINGS_FILE
 
 
 def claim(folder: Path, made_from: dict[str, str], settings: dict) -> str:
