@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None and arguments.verb in _COMPUTING:
             _set_allocator()
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        if argv is None:
+            # A line as it is printed, also into a file or a pipe: what a person watches a long run by.
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         _run(arguments)
     except CalrecError as error:
         message = str(error).split("\n  In call to configurable")[0]  # where gin was when it passed the error on

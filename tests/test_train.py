@@ -202,10 +202,12 @@ def test_stage_two_refuses_another_model(finished, small_run, tmp_path):
 
 
 def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_run, tmp_path, capsys, monkeypatch):
-    gin.bind_parameter("OptimizerConfig.learning_rate", 0.5)  # diverges from the first step on
     gin.bind_parameter("train.num_steps", 30)
     gin.bind_parameter("train.eval_every", 1)
     gin.bind_parameter("train.patience", 2)
+    losses = [3.0, 2.5, 2.0, 2.25, 2.125]  # the best is the third
+    coming = iter(losses)
+    monkeypatch.setattr(loop._Validation, "__call__", lambda *_: {"loss_next_item": next(coming)})
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -214,16 +216,14 @@ def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_
         patch.setattr(artifacts, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
-    assert "no better validation loss in 2 validations, stopped at step" in capsys.readouterr().out
+    assert "no better validation loss in 2 validations, stopped at step 5" in capsys.readouterr().out
     monkeypatch.setattr(loop, "training_batch", stop)  # nothing is left to train
     out = train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
     manifest = artifacts.read_manifest(out, kind="checkpoint")
-    assert manifest["best_step"] == manifest["last_step"] - 2 < 28
+    assert (manifest["best_step"], manifest["last_step"], manifest["best_validation_loss"]) == (3, 5, 2.0)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss_next_item"] for r in rows if r["split"] == "validation"]
-    assert len(losses) == manifest["last_step"]
-    assert manifest["best_validation_loss"] == pytest.approx(min(losses), rel=1e-6)
-    assert ckpt.load_checkpoint(out)[2]["step"] == manifest["best_step"]
+    assert [r["loss_next_item"] for r in rows if r["split"] == "validation"] == losses
+    assert ckpt.load_checkpoint(out)[2]["step"] == 3
 
 
 def step_case(small_run, dropout=0.0):
@@ -306,7 +306,7 @@ batch = dict(np.load(sys.argv[1], allow_pickle=False))
 config = TransformerConfig(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24)
 model, optimizer = Transformer(config, int(sys.argv[2])), OptimizerConfig(learning_rate=1e-2).transformation(5)
 results = []
-for shape in ((1, 4, 1, 1), (1, 1, 4, 1), (2, 1, 1, 2), (1, 2, 2, 1)):
+for shape in ((1, 4, 1, 1), (1, 1, 2, 2)):
     mesh = steps.make_mesh(shape)
     state, shardings = steps.init_state(model, optimizer, mesh, 0)
     step = steps.make_train_step(model, LossConfig(), optimizer, 0, mesh, shardings)

@@ -11,6 +11,7 @@ in the same order as `bm25s.BM25.get_scores`.
 
 import dataclasses
 import functools
+import logging
 import pathlib
 import re
 import unicodedata
@@ -24,6 +25,8 @@ from calrec_jax import artifacts
 from calrec_jax.compiled import compiled
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index at DEBUG, whatever the root's level
 
 _TOKEN = re.compile(r"\w+")
 # NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.
