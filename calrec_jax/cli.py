@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from calrec_jax import __version__
-from calrec_jax.errors import CalrecError
+from calrec_jax.errors import CalrecError, Stopped
 
 if TYPE_CHECKING:
     from calrec_jax.config import Config
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error).split("\n  In call to configurable")[0]  # where gin was when it passed the error on
         print(f"calrec: error: {message}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return 0
     except KeyboardInterrupt:
         print("\ncalrec: interrupted; running the same command again resumes", file=sys.stderr)
         return 130
