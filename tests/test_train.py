@@ -160,7 +160,7 @@ def test_an_interrupted_stage_with_a_damaged_checkpoint_resumes_to_the_same_bits
 def test_a_half_trained_stage_of_other_settings_is_refused(small_run, tmp_path, monkeypatch):
     out = tmp_path / "stage1"
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(feed, "training_batch", stop)

@@ -140,7 +140,7 @@ def train(
             f"Batching.micro_batches={batching.micro_batches}"
         )
     hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets))
-    with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log:
+    with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log, hosts.deaths():
         facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
     if hosts.is_first():
         artifacts.write_manifest(out, kind="checkpoint", made_from=made_from, settings=plan.settings(), **facts)
