@@ -166,8 +166,8 @@ def deaths() -> Iterator[None]:
             raise
         raise CalrecError(
             f"process {jax.process_index()}: another process is gone, or the connection to it "
-            f"({str(error).splitlines()[0]}); its own log says why. Start the same command on all hosts again: training "
-            "resumes from its last checkpoint"
+            f"({str(error).splitlines()[0]}); its own log says why. Start the same command on all hosts again: "
+            "training resumes from its last checkpoint"
         ) from error
 
 
