@@ -67,7 +67,8 @@ def measure(arguments):
     from calrec_jax.models.transformer import Transformer, TransformerConfig
     from calrec_jax.pipeline import Line
     from calrec_jax.train import step as steps
-    from calrec_jax.train.loop import Batching, training_batch
+    from calrec_jax.train.batching import Batching
+    from calrec_jax.train.feed import training_batch
     from calrec_jax.train.optimizer import OptimizerConfig
 
     config.load(arguments.gin_file, [f"RUN_DIR={arguments.run_dir!r}", *arguments.gin])
@@ -79,7 +80,10 @@ def measure(arguments):
     examples = batching.examples(line._datasets(names), tokenizer, "train")
     stream = PackedStream(examples, batching.packing(), seed=0, mixture_exponent=batching.mixture_exponent)
     begin = time.perf_counter()
-    batches = [training_batch(stream, s, batching, 0) for s in range(arguments.steps)]
+    batches = [
+        training_batch(stream, s, sample_forced_tokens=batching.sample_forced_tokens, seed=0)
+        for s in range(arguments.steps)
+    ]
     input_seconds = (time.perf_counter() - begin) / arguments.steps
     model, mesh = Transformer(model_config, tokenizer.vocab_size), steps.make_mesh()
     optimizer = optimizer_config.transformation(1000)

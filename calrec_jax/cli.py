@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from calrec_jax import __version__
-from calrec_jax.errors import CalrecError
+from calrec_jax import __version__, hosts
+from calrec_jax.errors import CalrecError, Stopped
 
 if TYPE_CHECKING:
     from calrec_jax.config import Config
@@ -33,6 +33,7 @@ _ALLOCATOR = {
 }
 _ALLOCATOR_SWITCH = "CALREC_ALLOCATOR"
 _COMPUTING = ("train", "decode", "eval_tasks", "run", "quickstart")
+_ON_HOSTS = ("train",)
 _SPLIT = {"choices": ("validation", "test"), "help": "in place of run.split"}
 
 
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None and arguments.verb in _COMPUTING:
             _set_allocator()
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        if _hosts(arguments).several:
+            status = hosts.supervise(_hosts(arguments))
+            if status is not None:
+                return status
         if argv is None:
             # A line as it is printed, also into a file or a pipe: what a person watches a long run by.
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -57,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CalrecError as error:
         message = str(error).split("\n  In call to configurable")[0]  # where gin was when it passed the error on
         print(f"calrec: error: {message}", file=sys.stderr)
+        hosts.leave(1)
         return 1
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return 0
     except KeyboardInterrupt:
         print("\ncalrec: interrupted; running the same command again resumes", file=sys.stderr)
         return 130
@@ -67,8 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _hosts(arguments: argparse.Namespace) -> hosts.Hosts:
+    """What the flags of a verb that can run on several hosts say; for the others, one process."""
+    if arguments.verb not in _ON_HOSTS:
+        return hosts.Hosts()
+    return hosts.Hosts(
+        arguments.coordinator_address,
+        arguments.process_count,
+        arguments.process_index,
+        arguments.multihost,
+        arguments.join_seconds,
+        arguments.heartbeat_seconds,
+    )
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from calrec_jax import artifacts, config
+
+    if _hosts(arguments).several:
+        _hosts(arguments).join()
 
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
@@ -184,6 +210,17 @@ _VERBS = {
         "datasets → checkpoints, stage by stage",
         f"train {_RUN} --stage=stage2",
         stage={"help": "only this one: stage1 or stage2"},
+        multihost={"action": "store_true", "help": "one of several hosts that find each other (TPU VMs, Slurm)"},
+        coordinator_address={"metavar": "HOST:PORT", "help": "of process 0, where hosts do not find each other"},
+        process_count={"type": int, "metavar": "N", "help": "processes of the run"},
+        process_index={"type": int, "metavar": "I", "help": "of this one, from 0"},
+        join_seconds={"type": int, "default": 300, "metavar": "S", "help": "how long to wait for all at the start"},
+        heartbeat_seconds={
+            "type": int,
+            "default": 100,
+            "metavar": "S",
+            "help": "silence after which one counts as dead",
+        },
     ),
     "decode": _Verb(
         _decode,

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The exceptions that the command puts into words."""
 
 
 class CalrecError(Exception):
@@ -7,3 +7,7 @@ class CalrecError(Exception):
     The message names the file, field or setting and the way out. The command
     prints it without a traceback and exits with status 1.
     """
+
+
+class Stopped(Exception):
+    """The process was asked to end, and what it did is saved. The command prints the message and exits with 0."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import gin
 import jax
@@ -20,6 +21,8 @@ from calrec_jax.models.towers import mean_pool, unit
 
 DIRECTIONS = ("item_to_context", "context_to_item", "symmetric")
 NEGATIVE = -1e30
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
 @gin.configurable
@@ -60,6 +63,11 @@ class LossConfig:
             )
         if self.chunk < 1:
             raise CalrecError(f"LossConfig.chunk={self.chunk}: must be at least 1")
+
+    @property
+    def generation(self) -> float:
+        """Weight of L_NIG."""
+        return 1 - self.alpha - self.beta
 
 
 def _gather_weighted(hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
@@ -205,9 +213,65 @@ def _contrast(item: jax.Array, context: jax.Array, mask: jax.Array, excluded: ja
     return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
 
 
-def calrec_loss(
-    hidden: jax.Array, embedding: jax.Array, batch: dict[str, jax.Array], config: LossConfig
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+class Pooled(NamedTuple):
+    """Unit vectors of the towers of all E = B·K places for examples, [E, D] float32 each.
+
+    Attributes:
+      user: v_U, over the history.
+      target: v_T|U, over the target in its context.
+      item: v_T, over the target alone.
+    """
+
+    user: jax.Array
+    target: jax.Array
+    item: jax.Array
+
+
+def pooled_towers(hidden: jax.Array, batch: Batch) -> Pooled:
+    """The three towers of each example of packed rows [B, L, D]."""
+    row_examples = batch["example_mask"].shape[1]
+    pools = (batch[f"{name}_pool"] for name in Pooled._fields)
+    return Pooled(*(unit(mean_pool(hidden, pool, row_examples)).reshape(-1, hidden.shape[-1]) for pool in pools))
+
+
+def generation_weights(batch: Batch, config: LossConfig) -> jax.Array:
+    """[B, L] float32 weights of the tokens in L_NIG, before the division by their sum over the whole batch."""
+    weights = batch["decoder_loss_weights"]
+    if config.normalise == "tokens":
+        return weights
+    return example_normalised_weights(weights, batch["decoder_segment_ids"], batch["example_mask"].shape[1])
+
+
+def contrastive_loss(pooled: Pooled, batch: Batch, config: LossConfig) -> tuple[jax.Array, Metrics]:
+    """α·L_TT + β·L_UT over all examples of the batch, each the other's negatives.
+
+    Args:
+      pooled: of the batch's examples, row by row.
+      batch: `example_mask` and the ids of user, item and text are read.
+      config: weights and choices.
+
+    Returns:
+      (scalar, metrics as `calrec_loss` has them).
+    """
+    mask = batch["example_mask"].reshape(-1)
+    excluded = jnp.zeros((len(mask), len(mask)), bool)
+    if config.mask_same:
+        for key in ("target_user", "target_item", "target_text"):
+            ids = batch[key].reshape(-1)
+            excluded |= ids[:, None] == ids[None, :]
+    target_target, tt_hits = _contrast(pooled.item, pooled.target, mask, excluded, config)
+    user_target, ut_hits = _contrast(pooled.item, pooled.user, mask, excluded, config)
+    count = jnp.sum(mask)
+    loss = config.alpha * mean_of(target_target, count) + config.beta * mean_of(user_target, count)
+    return loss, _with_weights(
+        loss_target_target=(target_target, count),
+        loss_user_target=(user_target, count),
+        accuracy_target_target=(tt_hits, count),
+        accuracy_user_target=(ut_hits, count),
+    )
+
+
+def calrec_loss(hidden: jax.Array, embedding: jax.Array, batch: Batch, config: LossConfig) -> tuple[jax.Array, Metrics]:
     """The whole objective over one packed batch.
 
     Args:
@@ -219,43 +283,23 @@ def calrec_loss(
     Returns:
       (scalar loss, metrics as pairs of float32 sums "<name>" and "<name>_weight", to be divided only when reported).
     """
-    mask2 = batch["example_mask"]
-    row_examples = mask2.shape[1]
-    weights = batch["decoder_loss_weights"]
-    if config.normalise == "examples":
-        weights = example_normalised_weights(weights, batch["decoder_segment_ids"], row_examples)
+    weights = generation_weights(batch, config)
     weight_sum = jnp.sum(weights)
     generation = weighted_token_loss(hidden, embedding, batch["decoder_target_tokens"], weights, config.chunk)
+    contrastive, metrics = contrastive_loss(pooled_towers(hidden, batch), batch, config)
+    loss = config.generation * mean_of(generation, weight_sum) + contrastive
+    return loss, metrics | loss_metrics(loss, generation, weight_sum)
 
-    mask = mask2.reshape(-1)
-    pooled = {
-        k: unit(mean_pool(hidden, batch[f"{k}_pool"], row_examples)).reshape(len(mask), -1)
-        for k in ("user", "target", "item")
-    }
-    excluded = jnp.zeros((len(mask), len(mask)), bool)
-    if config.mask_same:
-        for key in ("target_user", "target_item", "target_text"):
-            ids = batch[key].reshape(-1)
-            excluded |= ids[:, None] == ids[None, :]
-    target_target, tt_hits = _contrast(pooled["item"], pooled["target"], mask, excluded, config)
-    user_target, ut_hits = _contrast(pooled["item"], pooled["user"], mask, excluded, config)
-    count = jnp.sum(mask)
 
-    def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-        return total / jnp.maximum(weight, 1e-9)
+def loss_metrics(loss: jax.Array, generation: jax.Array, weight_sum: jax.Array) -> Metrics:
+    """The metrics of the whole objective and of its first term."""
+    return _with_weights(loss=(loss, jnp.ones((), jnp.float32)), loss_next_item=(generation, weight_sum))
 
-    loss = (
-        (1 - config.alpha - config.beta) * mean(generation, weight_sum)
-        + config.alpha * mean(target_target, count)
-        + config.beta * mean(user_target, count)
-    )
-    one = jnp.ones((), jnp.float32)
-    metrics = {
-        "loss": (loss, one),
-        "loss_next_item": (generation, weight_sum),
-        "loss_target_target": (target_target, count),
-        "loss_user_target": (user_target, count),
-        "accuracy_target_target": (tt_hits, count),
-        "accuracy_user_target": (ut_hits, count),
-    }
-    return loss, {k: v for name, (total, w) in metrics.items() for k, v in ((name, total), (f"{name}_weight", w))}
+
+def mean_of(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """`total` by its weight; 0 where nothing has weight."""
+    return total / jnp.maximum(weight, 1e-9)
+
+
+def _with_weights(**metrics: tuple[jax.Array, jax.Array]) -> Metrics:
+    return {k: v for name, (total, w) in metrics.items() for k, v in ((name, total), (f"{name}_weight", w))}

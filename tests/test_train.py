@@ -15,13 +15,16 @@ import optax
 import pytest
 
 from calrec_jax import artifacts
+from calrec_jax.data.packing import PackedStream
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig, calrec_loss
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import checkpoints as ckpt
-from calrec_jax.train import loop
+from calrec_jax.train import feed, validation
 from calrec_jax.train import step as steps
-from calrec_jax.train.loop import Batching, train, training_batch
+from calrec_jax.train.batching import Batching
+from calrec_jax.train.feed import training_batch
+from calrec_jax.train.loop import train
 from calrec_jax.train.optimizer import OptimizerConfig
 
 SETTINGS = """
@@ -123,14 +126,14 @@ def test_an_interrupted_stage_with_a_damaged_checkpoint_resumes_to_the_same_bits
     finished, small_run, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "stage1"
-    real = loop.training_batch
+    real = feed.training_batch
 
-    def interrupted(stream, step, batching, seed):
+    def interrupted(stream, step, **options):
         if step == 5:
             raise KeyboardInterrupt
-        return real(stream, step, batching, seed)
+        return real(stream, step, **options)
 
-    monkeypatch.setattr(loop, "training_batch", interrupted)
+    monkeypatch.setattr(feed, "training_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(out, small_run.datasets, small_run.tokenizer)
     with pytest.raises(CalrecError, match="is not complete"):
@@ -140,7 +143,7 @@ def test_an_interrupted_stage_with_a_damaged_checkpoint_resumes_to_the_same_bits
     damage(out / "checkpoints" / "5")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "spl')  # as a killed process leaves it
-    monkeypatch.setattr(loop, "training_batch", real)
+    monkeypatch.setattr(feed, "training_batch", real)
     train(out, small_run.datasets, small_run.tokenizer)
     said = capsys.readouterr().out
     assert "checkpoints/5: cannot be restored" in said and "falling back to step 4" in said and "at step 4" in said
@@ -157,10 +160,10 @@ def test_an_interrupted_stage_with_a_damaged_checkpoint_resumes_to_the_same_bits
 def test_a_half_trained_stage_of_other_settings_is_refused(small_run, tmp_path, monkeypatch):
     out = tmp_path / "stage1"
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "training_batch", stop)
+    monkeypatch.setattr(feed, "training_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         train(out, small_run.datasets, small_run.tokenizer)
     gin.bind_parameter("OptimizerConfig.learning_rate", 1e-4)
@@ -207,7 +210,7 @@ def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_
     gin.bind_parameter("train.patience", 2)
     losses = [3.0, 2.5, 2.0, 2.25, 2.125]  # the best is the third
     coming = iter(losses)
-    monkeypatch.setattr(loop._Validation, "__call__", lambda *_: {"loss_next_item": next(coming)})
+    monkeypatch.setattr(validation.Validation, "__call__", lambda *_: {"loss_next_item": next(coming)})
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -217,7 +220,7 @@ def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
     assert "no better validation loss in 2 validations, stopped at step 5" in capsys.readouterr().out
-    monkeypatch.setattr(loop, "training_batch", stop)  # nothing is left to train
+    monkeypatch.setattr(feed, "training_batch", stop)  # nothing is left to train
     out = train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
     manifest = artifacts.read_manifest(out, kind="checkpoint")
     assert (manifest["best_step"], manifest["last_step"], manifest["best_validation_loss"]) == (3, 5, 2.0)
@@ -228,11 +231,13 @@ def test_early_stop_ends_after_patience_also_when_the_end_was_interrupted(small_
 
 def step_case(small_run, dropout=0.0):
     batching = Batching()
-    stream = loop.PackedStream(
+    stream = PackedStream(
         batching.examples(small_run.datasets, small_run.tokenizer, "train"), batching.packing(), seed=0
     )
     config = dataclasses.replace(TransformerConfig(), dropout_rate=dropout)
-    return Transformer(config, small_run.tokenizer.vocab_size), training_batch(stream, 0, batching, 0)
+    return Transformer(config, small_run.tokenizer.vocab_size), training_batch(
+        stream, 0, sample_forced_tokens=True, seed=0
+    )
 
 
 def test_the_step_equals_plain_optax(small_run):
@@ -286,11 +291,13 @@ def test_weight_decay_spares_norm_scales_and_the_schedule_warms_up():
 
 def test_sampled_forced_tokens_have_the_same_expected_weight(small_run):
     batching = Batching()
-    stream = loop.PackedStream(
+    stream = PackedStream(
         batching.examples(small_run.datasets, small_run.tokenizer, "train"), batching.packing(), seed=0
     )
     weights = stream.batch(0)["decoder_loss_weights"]
-    drawn = np.stack([training_batch(stream, 0, batching, seed)["decoder_loss_weights"] for seed in range(300)])
+    drawn = np.stack(
+        [training_batch(stream, 0, sample_forced_tokens=True, seed=seed)["decoder_loss_weights"] for seed in range(300)]
+    )
     assert set(np.unique(drawn)) == {0.0, 1.0} and set(np.unique(weights)) == {0.0, 0.5, 1.0}
     assert np.abs(drawn.mean(0) - weights).max() < 0.15  # five standard errors of 300 draws
     assert drawn.mean() == pytest.approx(weights.mean(), rel=0.02)

@@ -12,8 +12,9 @@
 #
 # Needs gcloud, logged in. Every host gets the very same command.
 #
-# Training over several hosts is not wired yet: nothing joins their JAX processes (jax.distributed), so each host would
-# train a model of its own, and `calrec train` refuses to run where there is more than one JAX process.
+# Training on all hosts of a slice (the run folder on storage that they share):
+#   … -- .venv/bin/calrec train --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
+# The other verbs run on one host.
 set -euo pipefail
 
 fail() { echo "launch.sh: error: $1" >&2; exit 1; }

@@ -209,10 +209,9 @@ class PackedStream:
       packing: shapes.
       seed: of the permutations; another seed is another order.
       mixture_exponent: a category's rate is (its users)^exponent; 0.3 is CALRec's stage I, 1 is proportional.
-      host_index, host_count: this process assembles rows [host_index, host_index + 1) * B / host_count of each batch.
 
     Raises:
-      CalrecError: an example longer than a row, or a batch that hosts cannot share evenly.
+      CalrecError: an example longer than a row.
     """
 
     def __init__(
@@ -222,14 +221,9 @@ class PackedStream:
         *,
         seed: int,
         mixture_exponent: float = 0.3,
-        host_index: int = 0,
-        host_count: int = 1,
     ):
         check_fits(examples, packing)
-        if packing.batch_rows % host_count:
-            raise CalrecError(f"batch_rows={packing.batch_rows}: must divide by the {host_count} hosts")
         self.examples, self.packing, self.seed = examples, packing, seed
-        self._host = (host_index, host_count)
         self._members = [np.flatnonzero(examples.group == g) for g in range(len(examples.group_sizes))]
         rates = np.array(
             [
@@ -287,12 +281,11 @@ class PackedStream:
             window += 1
         return out
 
-    def batch(self, step: int) -> Batch:
-        """This host's rows of batch `step`."""
-        size, (index, count) = self.packing.batch_rows, self._host
-        share = size // count
-        begin = step * size + index * share
-        return fill_rows(self.examples, self.rows(begin, begin + share), self.packing)
+    def batch(self, step: int, begin: int = 0, end: int | None = None) -> Batch:
+        """Rows [begin, end) of batch `step`; all of them by default."""
+        first = step * self.packing.batch_rows
+        end = self.packing.batch_rows if end is None else end
+        return fill_rows(self.examples, self.rows(first + begin, first + end), self.packing)
 
 
 def evaluation_batches(examples: ExampleSet, packing: Packing) -> Iterator[Batch]:

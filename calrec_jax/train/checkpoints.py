@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from calrec_jax import artifacts
+from calrec_jax import artifacts, hosts
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import TransformerConfig
 
@@ -78,9 +78,13 @@ def resume(checkpoints: ocp.CheckpointManager, state: Any) -> Any | None:
     damaged: list[int] = []
     error: CalrecError | None = None
     for step in sorted(checkpoints.all_steps(), reverse=True):
+        restored, failure = None, None
         try:
             restored = restore(checkpoints, step, state)
-        except CalrecError as failure:
+        except CalrecError as caught:
+            failure = caught
+        if not hosts.all_agree(failure is None):
+            failure = failure or CalrecError(f"{checkpoints.directory}/{step}: another process cannot restore it")
             print(f"train: {failure}", flush=True)
             damaged.append(step)
             error = error or failure
@@ -157,7 +161,7 @@ def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[Transformer
             raise CalrecError(f"{stage}/checkpoints: no whole checkpoint there; run `calrec train` again")
         try:
             tree = checkpoints.item_metadata(step).tree
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
             restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:

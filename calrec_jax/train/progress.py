@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 import tensorboardX
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
 from calrec_jax.train.step import averages
-
-MAX_SKIPPED = 100  # steps in a row without a finite loss before the run stops
 
 
 class TrainingLog:
@@ -29,17 +26,21 @@ class TrainingLog:
       out: the stage's folder.
       num_steps: where the stage ends.
       log_every: steps between rows.
+      writes: False for all processes but one: they count and do not write or print.
+
+    Attributes:
+      skipped: steps in a row, up to the last row, without a finite loss and gradient.
     """
 
-    def __init__(self, out: Path, num_steps: int, log_every: int):
+    def __init__(self, out: Path, num_steps: int, log_every: int, *, writes: bool = True):
+        self._writes = writes
+        self.skipped = 0
         self._out, self._num_steps, self._log_every = out, num_steps, log_every
         self._path = out / "metrics.jsonl"
         self._sums: dict[str, jax.Array] | None = None
-        self._real = self._places = 0
         self._began = self._window_began = time.monotonic()
         self._seconds_before = 0.0
         self._tokens = 0
-        self._skipped = 0
         self._rate: float | None = None
         self._steps = 0
         self._file: TextIO | None = None
@@ -56,6 +57,8 @@ class TrainingLog:
 
     def resume(self, step: int) -> None:
         """Opens the log at a step: rows up to it are kept, later ones are dropped, since their steps run again."""
+        if not self._writes:
+            return
         rows = _rows(self._path, step)
         with artifacts.atomic_file(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
@@ -77,6 +80,9 @@ class TrainingLog:
 
     def start(self, step: int, params: Any, examples: Any, stream: Any, batching: Any) -> None:
         """Says what is about to run."""
+        self._began = self._window_began = time.monotonic()
+        if not self._writes:
+            return
         count = sum(x.size for x in jax.tree.leaves(params))
         print(
             f"train: {self._out.name}: {count / 1e6:.2f} M parameters on {jax.device_count()} "
@@ -92,36 +98,28 @@ class TrainingLog:
                 f"train: {examples.catalogue.cut:,} item texts are cut to "
                 f"max_target_tokens={batching.max_target_tokens}"
             )
-        self._began = self._window_began = time.monotonic()
 
-    def step(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array]) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Adds a step's metrics (still on the device) and reports when due."""
         self._sums = metrics if self._sums is None else jax.tree.map(lambda a, b: a + b, self._sums, metrics)
-        self._real += int(np.count_nonzero(batch["decoder_segment_ids"]))
-        self._places += batch["decoder_segment_ids"].size
         self._steps += 1
         if step % self._log_every and step != self._num_steps:
             return
         sums = {k: float(v) for k, v in jax.device_get(self._sums).items()}
         now = time.monotonic()
         seconds = now - self._window_began
-        self._tokens += self._real
-        values = averages(sums)
-        row = values | {
-            "tokens_per_second": self._real / max(seconds, 1e-9),
-            "real_token_share": self._real / self._places,
+        real = int(sums["real_token_share"])
+        self._tokens += real
+        row = averages(sums) | {
+            "tokens_per_second": real / max(seconds, 1e-9),
             "seconds": self._seconds_before + now - self._began,
             "tokens": self._tokens,
         }
-        self._skipped = self._skipped + int(sums["skipped"]) if sums["skipped"] >= sums["skipped_weight"] else 0
-        self._write(step, "train", row)
-        self._print(step, row, seconds / self._steps)
-        self._sums, self._real, self._places, self._steps, self._window_began = None, 0, 0, 0, time.monotonic()
-        if self._skipped >= MAX_SKIPPED:
-            raise CalrecError(
-                f"{self._out}: no finite loss in the last {self._skipped} steps; lower OptimizerConfig.learning_rate, "
-                "delete the folder and train again"
-            )
+        self.skipped = self.skipped + int(sums["skipped"]) if sums["skipped"] >= sums["skipped_weight"] else 0
+        if self._writes:
+            self._write(step, "train", row)
+            self._print(step, row, seconds / self._steps)
+        self._sums, self._steps, self._window_began = None, 0, time.monotonic()
 
     def validation(self, step: int, values: dict[str, float], best: bool) -> None:
         """Reports a validation."""
@@ -130,6 +128,8 @@ class TrainingLog:
             raise CalrecError(
                 f"{self._out}: validation loss is not finite at step {step}; lower OptimizerConfig.learning_rate"
             )
+        if not self._writes:
+            return
         self._write(step, "validation", values)
         print(f"train: step {step} validation next-item loss {loss:.4f}{' (best)' if best else ''}", flush=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -23,11 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig, calrec_loss
 from calrec_jax.models.transformer import Transformer
+from calrec_jax.train.gradients import ROWS, Metrics, activations, make_gradients
 
 MESH_AXES = ("replica", "data", "fsdp", "model")
 # T5X's logical names → mesh axes.
 LOGICAL_RULES = (
-    ("batch", ("replica", "data", "fsdp")),
+    ("batch", ROWS),
     ("vocab", "model"),
     ("embed", "fsdp"),
     ("mlp", "model"),
@@ -36,7 +37,6 @@ LOGICAL_RULES = (
     ("layers", None),
     ("length", None),
 )
-Metrics = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -81,7 +81,7 @@ def row_shards(mesh: Mesh) -> int:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over every axis but "model"."""
-    return NamedSharding(mesh, PartitionSpec(("replica", "data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def init_state(
@@ -123,19 +123,6 @@ def _evenly(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedShardi
     return NamedSharding(sharding.mesh, PartitionSpec(*(None if size % parts(axes) else axes for axes, size in split)))
 
 
-def _activations(model: Transformer, params: Any, batch: dict[str, jax.Array], **options: Any) -> jax.Array:
-    """[B, L, D] hidden states of a batch; `options` are those of `Transformer.activations`, and its rngs."""
-    hidden = model.apply(
-        {"params": params},
-        batch["decoder_input_tokens"],
-        batch["decoder_positions"],
-        batch["decoder_segment_ids"],
-        method="activations",
-        **options,
-    )
-    return cast(jax.Array, hidden)  # flax's type leaves room for mutated variables beside it
-
-
 def make_train_step(
     model: Transformer,
     loss_config: LossConfig,
@@ -143,20 +130,18 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     state_shardings: Any,
+    micro_batches: int = 1,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Builds the jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
 
+    `micro_batches` is how many parts of the batch are in memory one after the other; see `gradients.make_gradients`.
+
     A step whose loss or gradient is not finite leaves parameters and optimiser as they were and counts in "skipped".
     """
-    dropout = model.config.dropout_rate > 0
-
-    def loss_of(params: Any, batch: dict[str, jax.Array], step: jax.Array):
-        rngs = {"dropout": jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)} if dropout else {}
-        hidden = _activations(model, params, batch, deterministic=not dropout, rngs=rngs)
-        return calrec_loss(hidden, params["embedding"], batch, loss_config)
+    gradients = make_gradients(model, loss_config, seed, mesh, micro_batches)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch, state.step)
+        metrics, grads = gradients(state.params, batch, state.step)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -171,7 +156,13 @@ def make_train_step(
         one = jnp.ones((), jnp.float32)
         metrics = {k: jnp.where(finite, v, jnp.zeros_like(v)) for k, v in metrics.items()}
         metrics |= {"gradient_norm": jnp.where(finite, norm, 0.0), "gradient_norm_weight": finite.astype(jnp.float32)}
-        return new, metrics | {"skipped": (~finite).astype(jnp.float32), "skipped_weight": one}
+        real = jnp.sum(batch["decoder_segment_ids"] != 0, dtype=jnp.float32)
+        return new, metrics | {
+            "skipped": (~finite).astype(jnp.float32),
+            "skipped_weight": one,
+            "real_token_share": real,
+            "real_token_share_weight": jnp.float32(batch["decoder_segment_ids"].size),
+        }
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -188,7 +179,7 @@ def make_eval_step(
     """Builds the jitted `eval_step(params, batch) -> metrics`, without dropout."""
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
-        return calrec_loss(_activations(model, params, batch), params["embedding"], batch, loss_config)[1]
+        return calrec_loss(activations(model, params, batch), params["embedding"], batch, loss_config)[1]
 
     return jax.jit(
         eval_step, in_shardings=(None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec())
