@@ -19,7 +19,7 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
-test-slow: .venv/installed-test
+test-slow: .venv/installed-slow
 	PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -m slow --durations=0 -p no:cacheprovider
 
 lint: .venv/installed-test
@@ -48,3 +48,8 @@ clean:
 .venv/installed-test: .venv/bin/pip setup.py constraints.txt
 	$(PIP) -e '.[test]'
 	touch $@ .venv/installed
+
+# The TPU's compiler, for the tests that compile for slices that are not here.
+.venv/installed-slow: .venv/installed-test
+	$(PIP) -e '.[test,tpu]'
+	touch $@

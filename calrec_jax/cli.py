@@ -174,6 +174,13 @@ def _run_line(line: Line, arguments: argparse.Namespace) -> None:
     _say_next(line, arguments)
 
 
+def _compile(line: Line, arguments: argparse.Namespace) -> None:
+    from calrec_jax.train.compile import compile_stage
+
+    for stage in [arguments.stage] if arguments.stage is not None else line.stages:
+        compile_stage(stage, arguments.topology, arguments.num_slices)
+
+
 def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax import quickstart
 
@@ -245,6 +252,14 @@ _VERBS = {
         split=_SPLIT,
     ),
     "run": _Verb(_run_line, "all of the above but eval_tasks, in a row", f"run {_RUN}", split=_SPLIT),
+    "compile": _Verb(
+        _compile,
+        "a stage's training step → does it fit a TPU slice, with no TPU here",
+        "compile --gin_file=runs/quickstart.gin --run_dir=none --topology=v5e:4x4",
+        topology={"required": True, "metavar": "NAME", "help": "of the slice, e.g. v5e:16x16, v4:8x8x8, v6e:8x8"},
+        num_slices={"type": int, "default": 1, "metavar": "N", "help": "slices joined by the data centre's network"},
+        stage={"help": "only this one: stage1 or stage2"},
+    ),
     "quickstart": _Verb(_quickstart, "the line on a small synthetic shop, in minutes", "quickstart", split=_SPLIT),
 }
 

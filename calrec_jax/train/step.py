@@ -89,9 +89,27 @@ def init_state(
 ) -> tuple[TrainState, Any]:
     """A fresh state laid out over the mesh, and its shardings.
 
-    Parameters are initialised from `seed` alone: the same on any mesh. A dimension that its mesh axes do not divide
-    evenly, such as a vocabulary of odd size, is not split.
+    Parameters are initialised from `seed` alone: the same on any mesh.
     """
+    create = _creator(model, optimizer)
+    _, shardings = abstract_state(model, optimizer, mesh)
+    state = jax.jit(lambda key: nn.unbox(create(key)), out_shardings=shardings)(jax.random.key(seed))
+    return state, shardings
+
+
+def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Any]:
+    """Shapes of a state, and its shardings over a mesh that need not be there.
+
+    A dimension that its mesh axes do not divide evenly, such as a vocabulary of odd size, is not split.
+    """
+    boxed = jax.eval_shape(_creator(model, optimizer), jax.random.key(0))
+    shardings = nn.unbox(nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES))
+    abstract = nn.unbox(boxed)
+    return abstract, jax.tree.map(_evenly, shardings, abstract)
+
+
+def _creator(model: Transformer, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    """A function that makes a state, parameters boxed with their logical axes, from a key."""
 
     def create(key: jax.Array) -> TrainState:
         tokens = jnp.zeros((1, 8), jnp.int32)
@@ -104,12 +122,7 @@ def init_state(
             since_best=jnp.zeros((), jnp.int32),
         )
 
-    key = jax.random.key(seed)
-    boxed = jax.eval_shape(create, key)
-    shardings = nn.unbox(nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES))
-    shardings = jax.tree.map(_evenly, shardings, nn.unbox(boxed))
-    state = jax.jit(lambda k: nn.unbox(create(k)), out_shardings=shardings)(key)
-    return state, shardings
+    return create
 
 
 def _evenly(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:

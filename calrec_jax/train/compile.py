@@ -1,0 +1,241 @@
+"""The verb `compile`: a stage's training step, compiled for a TPU slice that is not here, and whether it fits.
+
+Notable: libtpu holds the TPU's compiler and needs no TPU for it (`pip install 'calrec_jax[tpu]'`). What is compiled is
+the very step that `train` runs, of the shapes that the run file gives; no data, tokenizer or run folder is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from calrec_jax import tokenizer
+from calrec_jax.errors import CalrecError
+from calrec_jax.losses import LossConfig
+from calrec_jax.models.transformer import Transformer, TransformerConfig
+from calrec_jax.train import step as steps
+from calrec_jax.train.batching import Batching
+from calrec_jax.train.hlo import Program
+from calrec_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip's memory in GiB and its peak rate of bfloat16 products in TFLOP/s, as its maker states them."""
+
+    hbm_gib: float
+    peak_tflops: float
+
+
+# By JAX's device_kind; cloud.google.com/tpu/docs/system-architecture-tpu-vm.
+CHIPS = {
+    "TPU v4": Chip(32, 275),
+    "TPU v5 lite": Chip(16, 197),
+    "TPU v5": Chip(95, 459),
+    "TPU v6 lite": Chip(32, 918),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a compiled training step needs, per chip where not said otherwise.
+
+    Attributes:
+      chip_kind: JAX's name of the chip.
+      devices: number of JAX devices; a v4 chip's two cores are one each unless the topology joins them.
+      parameters: of the model, in all.
+      hbm_bytes: state, batch, temporaries and program.
+      hbm_limit: the chip's memory in bytes; None for a chip that `CHIPS` does not list.
+      flops: of the compiled step, the vocabulary's loop left out.
+      analytic_flops: the same from the model's sizes.
+      vocabulary_flops: of one turn of the vocabulary's loop; a step makes as many as its fullest row has chunks of
+        weighted tokens.
+      collective_bytes: by kind.
+    """
+
+    chip_kind: str
+    devices: int
+    parameters: int
+    hbm_bytes: int
+    hbm_limit: float | None
+    flops: float
+    analytic_flops: float
+    vocabulary_flops: float
+    collective_bytes: dict[str, float]
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the chip's memory is not known."""
+        return None if self.hbm_limit is None else self.hbm_bytes <= self.hbm_limit
+
+
+def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
+    """Compiles a stage's training step as gin has bound it, and prints the report.
+
+    Raises:
+      CalrecError: libtpu is missing, the topology is unknown, the mesh does not cover it, or the step does not fit.
+    """
+    with gin.config_scope(stage):
+        bound = gin.get_bindings("train")
+        default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
+        vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
+        mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))
+        report = compile_step(
+            mesh,
+            TransformerConfig(),
+            LossConfig(),
+            OptimizerConfig(),
+            Batching(),
+            vocab_size,
+            bound.get("num_steps", 1),
+        )
+    _print(stage, topology, mesh, report, bound.get("num_steps"))
+    if report.fits is False:
+        raise CalrecError(
+            f"{stage} does not fit {topology}: {report.hbm_bytes / 2**30:.2f} GiB a chip, which has "
+            f"{(report.hbm_limit or 0) / 2**30:.0f}. {_WAYS_OUT}"
+        )
+    return report
+
+
+_WAYS_OUT = (
+    "Raise Batching.micro_batches, set TransformerConfig.remat='full', lower Batching.batch_rows, spread parameters "
+    "over more of train.mesh_shape's fsdp or model axis, or take a larger slice."
+)
+
+
+def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:
+    """The mesh of `train` over a slice that is not here; by default parameters are spread over each slice (fsdp).
+
+    Slices are the outermost axis of the mesh, so only the axes on the left cross the data centre's network.
+    """
+    # libtpu asks the cloud what machine this is; there is no answer here.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        slices = {} if num_slices == 1 else {"num_slices": num_slices}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalrecError(
+            f"--topology={topology}: {first}. It takes libtpu (pip install 'calrec_jax[tpu]') and a name such as "
+            "v5e:4x4, v5e:16x16, v4:8x8x8 or v6e:8x8"
+        ) from error
+    devices = described.devices
+    shape = tuple(shape) if shape else (num_slices, 1, len(devices) // num_slices, 1)
+    if len(shape) != len(steps.MESH_AXES) or math.prod(shape) != len(devices):
+        raise CalrecError(
+            f"train.mesh_shape={shape}: must be {steps.MESH_AXES} sizes whose product is the {len(devices)} devices of "
+            f"{num_slices} × {topology}"
+        )
+    return Mesh(np.array(devices).reshape(shape), steps.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def compile_step(
+    mesh: Mesh,
+    config: TransformerConfig,
+    loss: LossConfig,
+    optimizer_config: OptimizerConfig,
+    batching: Batching,
+    vocab_size: int,
+    num_steps: int,
+) -> StepReport:
+    """Compiles `train`'s step over a mesh of devices that need not be there.
+
+    Raises:
+      CalrecError: the batch does not divide, or the compiler finds no way to fit the step.
+    """
+    parts = steps.row_shards(mesh) * batching.micro_batches
+    if batching.batch_rows % parts:
+        raise CalrecError(
+            f"Batching.batch_rows={batching.batch_rows}: must divide by {parts}, the mesh's parts of rows times "
+            f"Batching.micro_batches={batching.micro_batches}"
+        )
+    model, optimizer = Transformer(config, vocab_size), optimizer_config.transformation(num_steps)
+    state, shardings = steps.abstract_state(model, optimizer, mesh)
+    step = steps.make_train_step(model, loss, optimizer, 0, mesh, shardings, batching.micro_batches)
+    try:
+        compiled = step.lower(state, _batch(batching)).compile()  # type: ignore[attr-defined]  # it is jitted
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CalrecError(f"the step does not fit: {str(error).splitlines()[0]} {_WAYS_OUT}") from error
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    cost = Program(compiled.as_text()).cost()
+    device = mesh.devices.flat[0]
+    chip = CHIPS.get(device.device_kind)
+    return StepReport(
+        chip_kind=device.device_kind,
+        devices=mesh.size,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        hbm_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        hbm_limit=None if chip is None else chip.hbm_gib * 2**30,
+        flops=cost.flops,
+        analytic_flops=step_flops(config, batching) / mesh.size,
+        vocabulary_flops=sum(cost.dynamic_loops) / max(1, batching.micro_batches),
+        collective_bytes=dict(cost.collective_bytes),
+    )
+
+
+def step_flops(config: TransformerConfig, batching: Batching) -> float:
+    """Operations of the products of one step over the whole batch, the vocabulary's left out.
+
+    Forward, and twice that backward: projections, gated MLP, rotary half-turns, causal attention in blocks as
+    `attention.packed_attention` computes it, pooling (no gradient of its masks) and the contrastive scores. One forward
+    pass more each for `remat="full"` and for several micro-batches.
+    """
+    c, rows, length, examples = config, batching.batch_rows, batching.row_tokens, batching.row_examples
+    d, h, g, w = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width
+    ends = [min(begin + c.attention_block, length) for begin in range(0, length, c.attention_block)]
+    pairs = sum((end - begin) * end for begin, end in zip(range(0, length, c.attention_block), ends, strict=True))
+    per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * c.mlp_dim + 2 * w * w * (h + g)
+    layers = c.num_layers * rows * (length * per_token + 4 * h * w * pairs)
+    pooling = 3 * 2 * rows * examples * length * d
+    contrast = 2 * 2 * (rows * examples) ** 2 * d
+    again = (c.remat == "full") + (batching.micro_batches > 1)
+    return (3 + again) * layers + (2 + again) * pooling + 3 * contrast
+
+
+def _batch(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch contract's shapes."""
+    from calrec_jax.data.packing import EXAMPLE_KEYS, POOL_KEYS, TOKEN_KEYS
+
+    tokens, examples = (batching.batch_rows, batching.row_tokens), (batching.batch_rows, batching.row_examples)
+    kinds = {name: (tokens, jnp.int32) for name in (*TOKEN_KEYS, *POOL_KEYS)}
+    kinds |= {name: (examples, jnp.int32) for name in EXAMPLE_KEYS}
+    kinds |= {"decoder_loss_weights": (tokens, jnp.float32), "example_mask": (examples, jnp.float32)}
+    return {name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in kinds.items()}
+
+
+def _print(stage: str, topology: str, mesh: Mesh, report: StepReport, num_steps: int | None) -> None:
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    limit = "" if report.hbm_limit is None else f" of {report.hbm_limit / 2**30:.0f}"
+    print(f"compile: {stage} on {topology}: {report.devices} × {report.chip_kind}, mesh {axes}")
+    print(f"  parameters      {report.parameters / 1e6:,.2f} M")
+    print(f"  HBM a chip      {report.hbm_bytes / 2**30:.2f}{limit} GiB")
+    print(
+        f"  FLOPs a chip    {report.flops / 1e9:,.1f} G compiled, {report.analytic_flops / 1e9:,.1f} G by the sizes "
+        f"({report.flops / report.analytic_flops:.3f}); vocabulary {report.vocabulary_flops / 1e9:,.1f} G a turn, apart"
+    )
+    for kind, size in sorted(report.collective_bytes.items()):
+        print(f"  {kind:<15} {size / 2**20:,.1f} MiB a chip")
+    chip = CHIPS.get(report.chip_kind)
+    if chip is not None:
+        seconds = (report.flops + report.vocabulary_flops) / (0.5e12 * chip.peak_tflops)
+        hours = f", {seconds * num_steps / 3600:,.2f} h for {num_steps:,} steps" if num_steps else ""
+        print(f"  at half of peak {seconds * 1e3:,.1f} ms a step with one turn{hours}")
