@@ -76,7 +76,7 @@ BILLION = {
     ("topology", "slices", "devices", "shape", "model", "rows", "vocab"),
     [
         ("v5e:2x2", 1, 4, None, TINY, 8, 4096),
-        ("v5e:2x2", 2, 8, None, TINY, 8, 4096),
+        ("v5e:2x2", 2, 8, None, TINY, 16, 4096),
         ("v5e:16x16", 1, 256, [1, 4, 64, 1], TINY, 256, 4096),
         ("v6e:8x8", 1, 64, [1, 1, 32, 2], BILLION, 64, 32768),
         ("v4:8x8x8", 1, 1024, [1, 4, 64, 4], BILLION, 512, 262144),
