@@ -7,10 +7,13 @@ time and then by their line in the file, so that purchases of one day keep the o
 
 import contextlib
 import datetime
+import functools
 import logging
+import operator
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,9 @@ from ibis.expr.types import Table
 
 from calrec_jax import artifacts
 from calrec_jax.data import dataset as dataset_lib
-from calrec_jax.data import readers
+from calrec_jax.data import readers, sources
 from calrec_jax.data.dataset import Dataset
-from calrec_jax.data.templates import ATTRIBUTES, Template
+from calrec_jax.data.templates import Template
 from calrec_jax.errors import CalrecError
 
 MIN_LENGTH = 3  # a test target, a validation target and a purchase to learn from
@@ -112,8 +115,8 @@ def prepare(
     out: str | Path,
     *,
     name: str,
-    reviews: str | Path,
-    metadata: str | Path,
+    reviews: str | Path | Sequence[str | Path],
+    metadata: str | Path | Sequence[str | Path],
     layout: str = "2018",
     remove_consecutive_repeats: bool = True,
     min_length: int = MIN_LENGTH,
@@ -126,8 +129,8 @@ def prepare(
     Args:
       out: the folder to make.
       name: of the category; letters, digits, `.`, `_` and `-`.
-      reviews: the file of purchases.
-      metadata: the file of items.
+      reviews: the file of purchases, or several; a folder, a pattern or a URL as `sources.find` takes them.
+      metadata: the same of items.
       layout: of the files, one of `readers.LAYOUTS`.
       remove_consecutive_repeats: of an item bought several times in a row, keep the first purchase only.
       min_length: users with fewer purchases are dropped; at least 3.
@@ -140,8 +143,7 @@ def prepare(
       CalrecError: if a setting is wrong, a file cannot be used, the files do not belong together, no user is long
         enough to split, or `out` holds a dataset made from something else.
     """
-    out, reviews, metadata = Path(out), Path(reviews), Path(metadata)
-    template = template or Template()
+    out, template = Path(out), template or Template()
     settings = {
         "name": name,
         "layout": layout,
@@ -151,9 +153,8 @@ def prepare(
         "keep_unbought_items": keep_unbought_items,
     }
     _check_settings(settings)
-    for path in (reviews, metadata):
-        readers.check_file(path)
-    made_from = {"reviews": artifacts.hash_file(reviews), "metadata": artifacts.hash_file(metadata)}
+    files = {"reviews": sources.find(reviews), "metadata": sources.find(metadata)}
+    made_from = {role: sources.combined_hash(found) for role, found in files.items()}
     with_template = {**made_from, "template": template.fingerprint}
     if artifacts.is_done(out, kind="dataset", made_from=with_template, settings=settings):
         _log.info("%s: already made, skipped.", out)
@@ -161,12 +162,21 @@ def prepare(
     _clear_unfinished(out)
     quarantine = out.with_name(out.name + ".quarantine.jsonl")
     with artifacts.disk_errors(out.parent), _quarantine_file(quarantine):
-        raw = readers.LAYOUTS[layout](reviews, metadata, quarantine, max_bad_share)
-        with _connection() as connection:
-            items, sequences, card = _relate(connection, raw, settings)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-staged-", dir=out.parent) as staged:
+            raw = readers.read(
+                staged,
+                files["reviews"],
+                files["metadata"],
+                layout=layout,
+                attributes=template.attributes,
+                quarantine=quarantine,
+                max_bad_share=max_bad_share,
+            )
+            with _connection() as connection:
+                items, sequences, card = _relate(connection, raw, settings)
         card["sources"] = {
-            role: {"file": path.name, "sha256": made_from[role]}
-            for role, path in (("reviews", reviews), ("metadata", metadata))
+            role: [{"file": source.name, "bytes": source.size, "sha256": source.sha256} for source in found]
+            for role, found in files.items()
         }
         return dataset_lib.save_dataset(
             out,
@@ -247,8 +257,9 @@ def _relate(connection: Any, raw: readers.RawCategory, settings: dict[str, Any])
         rules.append({"rule": rule, **before, **after})
         return made
 
-    read = stage("read", ibis.memtable(raw.interactions))
-    items, catalogue = _catalogue(read, raw, settings["keep_unbought_items"])
+    read = stage("read", connection.read_parquet(str(raw.interactions / artifacts.SHARDS)))
+    described = connection.read_parquet(str(raw.items / artifacts.SHARDS))
+    items, catalogue = _catalogue(read, described, raw, settings["keep_unbought_items"])
     kept = stage("exact duplicates of user, item and time", drop_duplicates(read))
     if settings["remove_consecutive_repeats"]:
         kept = stage("consecutive repeats of an item", drop_consecutive_repeats(kept))
@@ -268,10 +279,22 @@ def _relate(connection: Any, raw: readers.RawCategory, settings: dict[str, Any])
     return items, split_sequences(kept).to_pyarrow(), card
 
 
-def _catalogue(read: Table, raw: readers.RawCategory, keep_unbought: bool) -> tuple[pa.Table, dict[str, Any]]:
+def drop_repeated_items(items: Table, attributes: Sequence[str]) -> Table:
+    """Of an item's rows of metadata, keeps the one with the fewest absent attributes, of several the first line."""
+    absent = functools.reduce(operator.add, [items[name].isnull().cast("int32") for name in attributes])
+    best = ibis.window(group_by="item_id", order_by=["absent", "line"])
+    ranked = items.mutate(absent=absent).mutate(place=ibis.row_number().over(best))
+    return ranked.filter(_.place == 0).drop("absent", "place", "line")
+
+
+def _catalogue(
+    read: Table, described: Table, raw: readers.RawCategory, keep_unbought: bool
+) -> tuple[pa.Table, dict[str, Any]]:
     """The catalogue: items of any readable purchase, with their metadata where there is some, and the unbought ones."""
+    names = raw.attributes
     bought = set(read.select("item_id").distinct().to_pyarrow()["item_id"].to_pylist())
-    rows = raw.items.to_pylist()
+    rows = drop_repeated_items(described, names).to_pyarrow().to_pylist()
+    repeated = raw.metadata.kept - len(rows)
     unbought = [row for row in rows if row["item_id"] not in bought]
     if len(unbought) == len(rows):
         raise CalrecError(
@@ -281,18 +304,20 @@ def _catalogue(read: Table, raw: readers.RawCategory, keep_unbought: bool) -> tu
     undescribed = sorted(bought - {row["item_id"] for row in rows})
     if not keep_unbought:
         rows = [row for row in rows if row["item_id"] in bought]
-    rows += [{"item_id": item_id, **dict.fromkeys(ATTRIBUTES)} for item_id in undescribed]
-    blank = sorted(row["item_id"] for row in rows if not any(row[name] for name in ATTRIBUTES))
+    rows += [{"item_id": item_id, **dict.fromkeys(names)} for item_id in undescribed]
+    blank = sorted(row["item_id"] for row in rows if not any(row[name] for name in names))
     facts = {
         "items": len(rows),
         "bought": len(bought),
+        "repeated_in_metadata": repeated,
         "unbought_in_metadata": len(unbought),
         "unbought_kept": keep_unbought,
         "without_metadata": len(undescribed),
-        "absent": {name: sum(not row[name] for row in rows) for name in ATTRIBUTES},
+        "absent": {name: sum(not row[name] for row in rows) for name in names},
         "without_any_attribute": {"count": len(blank), "first": blank[:_NAMED]},
     }
-    return pa.Table.from_pylist(rows, readers.ITEMS_SCHEMA), facts
+    schema = pa.schema([(name, pa.string()) for name in ("item_id", *names)])
+    return pa.Table.from_pylist(rows, schema), facts
 
 
 def _shares(counts: dict[str, Any]) -> dict[str, Any]:
