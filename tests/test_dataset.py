@@ -142,7 +142,7 @@ def with_column(name, values):
 @pytest.mark.parametrize(
     ("message", "file", "change"),
     [
-        broken(r"items\.parquet lacks the columns \['brand'\]", "items.parquet", lambda t: t.drop(["brand"])),
+        broken(r"items\.parquet lacks the columns \['text'\]", "items.parquet", lambda t: t.drop(["text"])),
         broken(r"sequences\.parquet lacks.*timestamps", "sequences.parquet", lambda t: t.drop(["timestamps"])),
         broken("names item 'zzz', which is not in", "sequences.parquet", with_column(
             "item_ids", lambda rows: [["zzz", *rows[0][1:]], *rows[1:]])),

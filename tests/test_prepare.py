@@ -47,8 +47,11 @@ def reference(log, remove_repeats, min_length):
 
 
 def interactions(log, stretch=1):
-    columns = zip(*((user, item, time * stretch, line) for line, (user, item, time) in enumerate(log, 1)), strict=True)
-    return ibis.memtable(pa.table([list(column) for column in columns], schema=readers.INTERACTIONS_SCHEMA))
+    rows = [
+        {"user_id": user, "item_id": item, "timestamp": time * stretch, "line": line}
+        for line, (user, item, time) in enumerate(log, 1)
+    ]
+    return ibis.memtable(pa.Table.from_pylist(rows, readers.INTERACTIONS_SCHEMA))
 
 
 @given(LOGS, st.booleans(), st.integers(3, 4))
@@ -157,6 +160,7 @@ def test_prepare_end_to_end(tmp_path, raw):
     assert card["catalogue"] == {
         "items": 7,
         "bought": 6,
+        "repeated_in_metadata": 0,
         "unbought_in_metadata": 1,
         "unbought_kept": True,
         "without_metadata": 1,
@@ -164,10 +168,13 @@ def test_prepare_end_to_end(tmp_path, raw):
         "without_any_attribute": {"count": 1, "first": ["i5"]},
     }
     assert card["lines"]["reviews"]["lines"] == card["lines"]["reviews"]["kept"] == card["rules"][0]["interactions_in"]
-    assert card["sources"]["metadata"] == {
-        "file": "meta_X.json.gz",
-        "sha256": artifacts.hash_file(raw["metadata"]),
-    }
+    assert card["sources"]["metadata"] == [
+        {
+            "file": "meta_X.json.gz",
+            "bytes": raw["metadata"].stat().st_size,
+            "sha256": artifacts.hash_file(raw["metadata"]),
+        }
+    ]
     assert card["statistics"]["tied_test_targets_share"] == 0.5 and card["statistics"]["first_day"] == "1970-01-01"
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
         "data_card.json",
@@ -277,7 +284,7 @@ def test_bad_lines_are_kept_for_the_user(tmp_path, raw):
         ({"min_length": 2}, r"prepare\.min_length=2: at least 3"),
         ({"max_bad_share": 1.5}, r"prepare\.max_bad_share=1\.5"),
         ({"reviews": Path("nowhere.json.gz")}, r"nowhere\.json\.gz does not exist"),
-        ({"metadata": Path()}, "is a folder"),
+        ({"metadata": []}, "No raw file is named"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, raw, change, message):

@@ -8,7 +8,7 @@ purchase, that of ``validation`` the one before; training sees what comes before
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,13 @@ QUARANTINE_FILE = "quarantine.jsonl"
 SPLITS = ("validation", "test")
 _AGAIN = "Delete the folder and run `calrec prepare` again."
 
-ITEMS_SCHEMA = pa.schema([(name, pa.string()) for name in ("item_id", *templates.ATTRIBUTES, "text")])
+
+def items_schema(attributes: Sequence[str]) -> pa.Schema:
+    """Columns of `items.parquet` for these attributes."""
+    return pa.schema([(name, pa.string()) for name in ("item_id", *attributes, "text")])
+
+
+ITEMS_SCHEMA = items_schema(templates.ATTRIBUTES)
 SEQUENCES_SCHEMA = pa.schema(
     [
         ("user_id", pa.string()),
@@ -50,7 +56,8 @@ class Dataset:
       template: fingerprint of the template that wrote `texts`.
       item_ids: [I] object (str), ascending.
       texts: [I] item texts.
-      attributes: title, category, brand and price of each item ([I] each), None where absent.
+      attributes: name to the values of all items ([I] each), None where absent: of the Amazon dumps title, category,
+        brand and price, of one's own tables what the template names.
       user_ids: [U] object (str), ascending.
       offsets: [U+1] int64; user u's purchases are ``[offsets[u], offsets[u+1])`` of `items` and `timestamps`.
       items: [interactions] int32 item index, oldest first within a user.
@@ -101,7 +108,7 @@ class Dataset:
         """
         folder = Path(folder)
         manifest = artifacts.read_manifest(folder, kind="dataset")
-        items = _read_table(folder / ITEMS_FILE, ITEMS_SCHEMA, manifest["files"])
+        items = _read_items(folder / ITEMS_FILE, manifest["files"])
         sequences = _read_table(folder / SEQUENCES_FILE, SEQUENCES_SCHEMA, manifest["files"])
         ids = items["item_id"].to_pylist()
         if None in ids or any(first >= second for first, second in itertools.pairwise(ids)):
@@ -113,7 +120,7 @@ class Dataset:
             template=manifest["made_from"]["template"],
             item_ids=np.array(ids, dtype=object),
             texts=items["text"].to_pylist(),
-            attributes={name: items[name].to_pylist() for name in templates.ATTRIBUTES},
+            attributes={name: items[name].to_pylist() for name in _attributes(items)},
             card=artifacts.read_json(folder / CARD_FILE),
             **arrays,
         )
@@ -125,14 +132,31 @@ def _objects(column: pa.ChunkedArray) -> np.ndarray:
 
 def _read_table(path: Path, schema: pa.Schema, hashes: Mapping[str, str]) -> pa.Table:
     """Reads a Parquet file whose columns must be the schema's and whose bytes must be the manifest's."""
+    return _typed(path, _read_checked(path, hashes), schema)
+
+
+def _read_items(path: Path, hashes: Mapping[str, str]) -> pa.Table:
+    """The catalogue; every column besides `item_id` and `text` is an attribute."""
+    table = _read_checked(path, hashes)
+    return _typed(path, table, items_schema(_attributes(table)))
+
+
+def _attributes(items: pa.Table) -> list[str]:
+    return [name for name in items.column_names if name not in ("item_id", "text")]
+
+
+def _read_checked(path: Path, hashes: Mapping[str, str]) -> pa.Table:
     if not path.is_file():
         raise CalrecError(f"{path} is missing. {_AGAIN}")
     if hashes.get(path.name) != artifacts.hash_file(path):
         raise CalrecError(f"{path} is not the file its manifest names. {_AGAIN}")
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise CalrecError(f"{path} cannot be read as Parquet ({error}). {_AGAIN}") from error
+
+
+def _typed(path: Path, table: pa.Table, schema: pa.Schema) -> pa.Table:
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise CalrecError(f"{path} lacks the columns {missing}. {_AGAIN}")
@@ -199,7 +223,7 @@ def save_dataset(
     Args:
       folder: to make; must not exist yet.
       name: of the category.
-      items: columns item_id, title, category, brand, price in any row order; the texts are written here.
+      items: item_id and the attributes, the template's among them, in any row order; the texts are written here.
       sequences: columns of `SEQUENCES_SCHEMA` in any row order.
       template: writes the item texts.
       card: the data card.
@@ -207,10 +231,9 @@ def save_dataset(
       settings: of the step that made it.
       quarantine: the file of bad lines to keep beside the tables; none writes an empty one.
     """
-    rows = items.select(["item_id", *templates.ATTRIBUTES]).sort_by("item_id").to_pylist()
-    texts = pa.array([template.item_text(row) for row in rows], pa.string())
-    items = pa.Table.from_pylist(rows, ITEMS_SCHEMA.remove(ITEMS_SCHEMA.get_field_index("text")))
-    items = items.append_column("text", texts)
+    items = items.select(["item_id", *_attributes(items)]).sort_by("item_id")
+    texts = pa.array([template.item_text(row) for row in items.to_pylist()], pa.string())
+    items = items.append_column("text", texts).cast(items_schema(_attributes(items)))
     sequences = sequences.select(SEQUENCES_SCHEMA.names).cast(SEQUENCES_SCHEMA).sort_by("user_id")
     with artifacts.atomic_folder(folder) as temporary:
         temporary = Path(temporary)
