@@ -19,48 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import ibis
-import pyarrow as pa
-import pyarrow.parquet as pq
 from ibis.expr.types import Table
 
+from calrec_jax.data.tables import Rows
 from calrec_jax.errors import CalrecError
 
 DUCKDB = "duckdb"
 _EXTRAS = {"pyspark": ("pyspark", "spark"), "bigquery": ("google.cloud.bigquery", "bigquery")}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.I)
-_BATCH = 1 << 16  # rows
-
-
-class Rows:
-    """Rows of Parquet files in their order, taken so many at a time."""
-
-    def __init__(self, paths: list[Path]):
-        self.schema = pq.read_schema(paths[0])
-        self._batches = (batch for path in paths for batch in _batches(path))
-        self._left: list[pa.RecordBatch] = []
-
-    def take(self, count: int) -> pa.Table:
-        """The next `count` rows, or as many as are left."""
-        taken, missing = [], count
-        while missing:
-            batch = self._left.pop() if self._left else next(self._batches, None)
-            if batch is None:
-                break
-            taken.append(batch.slice(0, missing))
-            if batch.num_rows > missing:
-                self._left.append(batch.slice(missing))
-            missing -= taken[-1].num_rows
-        return pa.Table.from_batches(taken, self.schema)
-
-    def groups(self, count: int) -> Iterator[pa.Table]:
-        """All rows, `count` at a time."""
-        while (rows := self.take(count)).num_rows:
-            yield rows
-
-
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(_BATCH)
 
 
 class Engine:

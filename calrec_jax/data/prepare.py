@@ -223,7 +223,7 @@ class _Category:
         """
         engine, settings = self._engine, self._settings
         metadata = engine.materialise(
-            relational.best_metadata(engine.read(self._raw.items / artifacts.SHARDS), self._raw.attributes)
+            relational.drop_repeated_items(engine.read(self._raw.items / artifacts.SHARDS), self._raw.attributes)
         )
         read = self._read()
         if settings["keep_categories"]:

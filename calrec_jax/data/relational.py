@@ -98,12 +98,12 @@ def _count(table: Table) -> int:
     return int(table.count().to_pyarrow().as_py())
 
 
-def best_metadata(metadata: Table, attributes: Sequence[str]) -> Table:
-    """One row an item: that with the fewest absent attributes; of equals the first in the file."""
-    absent = sum((_[name].isnull().cast("int64") for name in attributes), start=ibis.literal(0))
+def drop_repeated_items(metadata: Table, attributes: Sequence[str]) -> Table:
+    """Of an item's rows of metadata, keeps the one with the fewest absent attributes, of several the first line."""
+    absent = sum((metadata[name].isnull().cast("int64") for name in attributes), start=ibis.literal(0))
     best = ibis.window(group_by="item_id", order_by=["absent", "line"])
     ranked = metadata.mutate(absent=absent).mutate(place=ibis.row_number().over(best))
-    return ranked.filter(_.place == 0).drop("absent", "place")
+    return ranked.filter(_.place == 0).drop("absent", "place", "line")
 
 
 def in_categories(categories: Sequence[str]) -> BooleanValue:
@@ -129,7 +129,8 @@ def catalogue(interactions: Table, metadata: Table, attributes: Sequence[str], k
     columns = {name: _[name] for name in attributes}
     described = metadata.select("item_id", **columns, described=ibis.literal(True))
     # The right side's key gets a name of its own, since engines name a doubled column differently.
-    joined = bought.left_join(described.rename(described_id="item_id"), [bought.item_id == _.described_id])
+    right = described.rename(described_id="item_id")
+    joined = bought.left_join(right, [bought.item_id == right.described_id])
     items = joined.select("item_id", **columns, bought=ibis.literal(True), described=_.described.fill_null(False))
     if not keep_unbought:
         return items
