@@ -61,7 +61,7 @@ def test_reads_back_what_was_written(tmp_path, seed):
     assert dataset.texts == [Template().item_text(row) for row in catalogue]
     assert dataset.attributes == {name: [row[name] for row in catalogue] for name in ATTRIBUTES}
     assert dataset.user_ids.tolist() == [row["user_id"] for row in sequences]
-    assert dataset.card == {"note": "a card"} and dataset.name == "toy"
+    assert dataset.card["note"] == "a card" and dataset.name == "toy"
     assert dataset.template == Template().fingerprint
     assert dataset.hash == artifacts.read_manifest(tmp_path / "d", kind="dataset")["hash"]
     for user, row in enumerate(sequences):

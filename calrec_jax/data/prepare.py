@@ -280,7 +280,9 @@ class _Category:
             raise CalrecError(f"prepare.keep_categories={names}: the items of this layout have no category.")
         engine = self._engine
         chosen = engine.materialise(metadata.filter(relational.in_categories(names)))
-        kept = self._stage(f"items outside the categories {names}", engine.materialise(read.semi_join(chosen, "item_id")))
+        kept = self._stage(
+            f"items outside the categories {names}", engine.materialise(read.semi_join(chosen, "item_id"))
+        )
         if not self._left:
             raise CalrecError(
                 f"prepare.keep_categories={names}: no purchase of {self._name} is of such an item. Levels are "

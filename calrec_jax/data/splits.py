@@ -129,7 +129,9 @@ def walk(interactions: Table, split: Split) -> Table:
     if split.kind == GLOBAL_TIME:
         after = [(_.timestamp >= split.test_from, 2), (_.timestamp >= split.valid_from, 1)]
         interactions = interactions.mutate(
-            part=ibis.cases(*((when, ibis.literal(part, "int8")) for when, part in after), else_=ibis.literal(0, "int8"))
+            part=ibis.cases(
+                *((when, ibis.literal(part, "int8")) for when, part in after), else_=ibis.literal(0, "int8")
+            )
         )
     ordered = interactions.mutate(
         position=ibis.row_number().over(in_order()),
