@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-EXTRAS := tpu gpu spark bigquery beam lora export test bench
+EXTRAS := tpu gpu spark bigquery gcs s3 beam lora export test bench
 
 .PHONY: quickstart test test-slow lint lock clean
 

@@ -10,6 +10,7 @@ VERSION = "0.1.0"
 INSTALL_REQUIRES = [
     "bm25s>=0.3",
     "flax>=0.12",
+    "fsspec",
     "gin-config",
     "ibis-framework[duckdb]>=12",
     "jax>=0.10",
@@ -17,6 +18,7 @@ INSTALL_REQUIRES = [
     "numpy>=2",
     "optax",
     "orbax-checkpoint>=0.11",
+    "orjson>=3.10",
     "pyarrow>=17",
     "rich",
     "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
@@ -30,6 +32,8 @@ EXTRAS = {
     "gpu": ["jax[cuda13]; sys_platform == 'linux'"],
     "spark": ["ibis-framework[pyspark]>=12"],
     "bigquery": ["ibis-framework[bigquery]>=12"],
+    "gcs": ["gcsfs"],
+    "s3": ["s3fs"],
     "beam": ["apache-beam"],
     "lora": ["qwix"],
     "export": ["orbax-export"],

@@ -96,6 +96,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if _hosts(arguments).several:
         _hosts(arguments).join()
 
+    if arguments.verb == "synth":
+        return _synth(arguments)
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -106,6 +108,8 @@ def _run(arguments: argparse.Namespace) -> None:
     bindings = arguments.bindings
     if arguments.run_dir is not None:
         bindings = [*bindings, f"RUN_DIR={os.path.expanduser(arguments.run_dir)!r}"]
+    if getattr(arguments, "engine", None):
+        bindings = [*bindings, f"prepare.engine={arguments.engine!r}"]
     if getattr(arguments, "split", None):
         bindings = [*bindings, f"run.split={arguments.split!r}"]
     modules: Sequence[str] = config.MODULES
@@ -116,7 +120,9 @@ def _run(arguments: argparse.Namespace) -> None:
     line = _line(loaded)
     line.check(loaded)
     with artifacts.disk_errors(line.run_dir):
-        _VERBS[arguments.verb].call(line, arguments)
+        call = _VERBS[arguments.verb].call
+        assert call is not None
+        call(line, arguments)
 
 
 def _line(loaded: Config) -> Line:
@@ -188,6 +194,16 @@ def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
     _run_line(line, arguments)
 
 
+def _synth(arguments: argparse.Namespace) -> None:
+    from calrec_jax import artifacts
+    from calrec_jax.data.synth import Synth, write_synth
+
+    names = ("users", "items", "reviews_per_user", "seed", "category", "layout")
+    with artifacts.disk_errors(arguments.out):
+        paths = write_synth(arguments.out, Synth(**{name: getattr(arguments, name) for name in names}))
+    print("Made:", *(f"  {path} ({path.stat().st_size:,} bytes)" for path in paths), sep="\n")
+
+
 def _say_next(line: Line, arguments: argparse.Namespace) -> None:
     if line.split == "test":
         files = [f"--gin_file={file}" for file in arguments.gin_file]
@@ -199,7 +215,11 @@ def _say_next(line: Line, arguments: argparse.Namespace) -> None:
 
 
 class _Verb:
-    def __init__(self, call: Callable[[Line, argparse.Namespace], None], purpose: str, example: str, **options: dict):
+    """A verb; one without `call` is no step of a line, and takes its own options alone."""
+
+    def __init__(
+        self, call: Callable[[Line, argparse.Namespace], None] | None, purpose: str, example: str, **options: dict
+    ):
         self.call, self.purpose, self.example, self.options = call, purpose, f"calrec {example}", options
 
 
@@ -210,6 +230,7 @@ _VERBS = {
         "raw dumps → a dataset for each category",
         f"prepare {_RUN} --gin.DATA_DIR='\"/data/amazon2018\"'",
         category={"help": "only this one"},
+        engine={"metavar": "URL", "help": "in place of prepare.engine, e.g. 'pyspark://?spark.master=local[2]'"},
     ),
     "vocab": _Verb(_vocab, "catalogues → a SentencePiece vocabulary", f"vocab {_RUN}"),
     "train": _Verb(
@@ -260,6 +281,18 @@ _VERBS = {
         num_slices={"type": int, "default": 1, "metavar": "N", "help": "slices joined by the data centre's network"},
         stage={"help": "only this one: stage1 or stage2"},
     ),
+    "synth": _Verb(
+        None,
+        "raw dumps of any size with made-up users and items, for benchmarks",
+        "synth --users=100000 --items=20000 --layout=2018 --out=data",
+        users={"type": int, "required": True, "help": "how many"},
+        items={"type": int, "required": True, "help": "how many"},
+        reviews_per_user={"type": float, "default": 8.0, "help": "their mean (default 8)"},
+        layout={"choices": ("2018",), "default": "2018", "help": "of the files (default 2018)"},
+        category={"default": "Office_Products", "help": "whose words are used (default Office_Products)"},
+        seed={"type": int, "default": 0, "help": "the same seed gives the same bytes (default 0)"},
+        out={"required": True, "metavar": "DIR", "help": "the folder to write into"},
+    ),
     "quickstart": _Verb(_quickstart, "the line on a small synthetic shop, in minutes", "quickstart", split=_SPLIT),
 }
 
@@ -291,20 +324,27 @@ def _parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(
             name,
             help=verb.purpose,
-            description=f"{verb.purpose}. What is done already is skipped; what was interrupted goes on.",
+            description=f"{verb.purpose}. What is done already is skipped; what was interrupted goes on."
+            if verb.call is not None
+            else f"{verb.purpose}.",
             epilog=f"example:\n  {verb.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        one.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
-        one.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
-        one.add_argument(
-            "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
-        )
-        one.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
+        if verb.call is not None:
+            _add_gin_flags(one)
         for option, settings in verb.options.items():
             one.add_argument(f"--{option}", **settings)
     return parser
+
+
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
+    parser.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
+    parser.add_argument(
+        "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
+    )
+    parser.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
 
 
 _GIN_FILE_HELP = "repeatable, later files override; also one of the packaged files, such as runs/quickstart.gin"

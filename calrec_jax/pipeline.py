@@ -113,12 +113,14 @@ class Line:
 
     def prepare(self, category: str) -> None:
         """Makes a category's dataset from its raw dumps."""
+        from calrec_jax.data.card import summary
         from calrec_jax.data.prepare import prepare
 
         files = [self._data_dir / pattern.replace("{category}", category) for pattern in (self.reviews, self.metadata)]
         out = self.layout.dataset(category)
         with self.step(f"prepare {category}", out):
-            prepare(out, name=category, reviews=files[0], metadata=files[1])
+            dataset = prepare(out, name=category, reviews=files[0], metadata=files[1])
+            print(*(f"  {line}" for line in summary(dataset.card)), sep="\n", flush=True)
 
     def vocab(self) -> None:
         """Trains the tokenizer on the catalogues of all categories."""

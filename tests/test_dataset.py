@@ -1,5 +1,7 @@
 """The dataset artefact: written and read back, splits, and files that do not agree."""
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from calrec_jax import artifacts
 from calrec_jax.data import dataset as dataset_lib
 from calrec_jax.data.dataset import Dataset, save_dataset
+from calrec_jax.data.tables import ContentDigest
 from calrec_jax.data.templates import ATTRIBUTES, Template
 from calrec_jax.errors import CalrecError
 
@@ -58,7 +61,7 @@ def test_reads_back_what_was_written(tmp_path, seed):
     assert dataset.texts == [Template().item_text(row) for row in catalogue]
     assert dataset.attributes == {name: [row[name] for row in catalogue] for name in ATTRIBUTES}
     assert dataset.user_ids.tolist() == [row["user_id"] for row in sequences]
-    assert dataset.card == {"note": "a card"} and dataset.name == "toy"
+    assert dataset.card["note"] == "a card" and dataset.name == "toy"
     assert dataset.template == Template().fingerprint
     assert dataset.hash == artifacts.read_manifest(tmp_path / "d", kind="dataset")["hash"]
     for user, row in enumerate(sequences):
@@ -103,6 +106,29 @@ def test_quarantine_travels_with_the_dataset(tmp_path):
     assert (tmp_path / "b" / dataset_lib.QUARANTINE_FILE).read_text() == ""
 
 
+def test_users_without_a_target(tmp_path):
+    catalogue, sequences = random_rows(3)
+    positions = [(2, 1, -1), (0, -1, 1), (3, -1, -1), (1, 1, 2)]  # train_end, validation, test of four users
+    sequences = sorted(sequences, key=lambda row: row["user_id"])[:4]
+    for row, (end, valid, test) in zip(sequences, positions, strict=True):
+        end = valid if valid >= 0 else end
+        row |= {"train_end": end, "valid_position": valid, "test_position": test}
+    dataset = save(tmp_path / "d", catalogue, sequences)
+    assert dataset.train_end.tolist() == [1, 0, 3, 1]
+    assert dataset.users_with("validation").tolist() == [0, 3] and dataset.users_with("test").tolist() == [1, 3]
+    assert dataset.users_with("train").tolist() == [2]
+    lengths = np.diff(dataset.offsets)
+    assert dataset.history_lengths("validation").tolist() == [1, 0, 3, 1]
+    assert dataset.history_lengths("test").tolist() == [lengths[0], 1, lengths[2], 2]
+    for split in ("validation", "test"):
+        for user in range(4):
+            assert len(dataset.history(user, split)) == dataset.history_lengths(split)[user]
+    assert dataset.item_ids[dataset.target(3, "test")] == sequences[3]["item_ids"][2]
+    assert len(dataset.train_items(2)) == 3
+    with pytest.raises(CalrecError, match="user 'u0' of toy has no test target"):
+        dataset.target(0, "test")
+
+
 def test_unknown_split_is_an_error(tmp_path):
     dataset = save(tmp_path / "d", *random_rows(0))
     with pytest.raises(CalrecError, match="split='train'.*validation.*test"):
@@ -123,7 +149,9 @@ def rewrite(folder, file, table):
     manifest = artifacts.read_manifest(folder, kind="dataset")
     pq.write_table(table, folder / file)
     facts = {key: value for key, value in manifest.items() if key not in ("hash", "gin")}
-    facts["files"][file] = artifacts.hash_file(folder / file)
+    digest = ContentDigest(table.schema)
+    digest.update(table)
+    facts["content"][file] = digest.hexdigest()
     artifacts.write_manifest(folder, **facts)
 
 
@@ -142,13 +170,17 @@ def with_column(name, values):
 @pytest.mark.parametrize(
     ("message", "file", "change"),
     [
-        broken(r"items\.parquet lacks the columns \['brand'\]", "items.parquet", lambda t: t.drop(["brand"])),
+        broken(r"items\.parquet lacks the columns \['text'\]", "items.parquet", lambda t: t.drop(["text"])),
         broken(r"sequences\.parquet lacks.*timestamps", "sequences.parquet", lambda t: t.drop(["timestamps"])),
         broken("names item 'zzz', which is not in", "sequences.parquet", with_column(
             "item_ids", lambda rows: [["zzz", *rows[0][1:]], *rows[1:]])),
-        broken("of user 'u0' are not 0 <= valid < test < length", "sequences.parquet", with_column(
+        broken("of user 'u0' are not 0 <= train_end = valid < test < length", "sequences.parquet", with_column(
             "test_position", lambda rows: [99, *rows[1:]])),
-        broken("are not 0 <= valid", "sequences.parquet", with_column("valid_position", lambda rows: [-1, *rows[1:]])),
+        broken("are not 0 <= train_end", "sequences.parquet", with_column(
+            "valid_position", lambda rows: [-2, *rows[1:]])),
+        broken("are not 0 <= train_end = valid", "sequences.parquet", with_column(
+            "train_end", lambda rows: [0, *rows[1:]])),
+        broken("user_id must be ascending", "sequences.parquet", with_column("user_id", lambda rows: rows[::-1])),
         broken("differ in length", "sequences.parquet", with_column(
             "timestamps", lambda rows: [rows[0][:-1], *rows[1:]])),
         broken("column user_id has 1 nulls", "sequences.parquet", with_column("user_id", lambda r: [None, *r[1:]])),
@@ -171,8 +203,15 @@ def test_changed_or_missing_file_is_noticed(tmp_path):
     folder = tmp_path / "d"
     save(folder, *random_rows(1))
     items = folder / dataset_lib.ITEMS_FILE
-    items.write_bytes(items.read_bytes() + b" ")
-    with pytest.raises(CalrecError, match=r"items\.parquet is not the file its manifest names"):
+    whole = items.read_bytes()
+    items.write_bytes(whole + b" ")
+    with pytest.raises(CalrecError, match=r"items\.parquet cannot be read as Parquet"):
+        Dataset.load(folder)
+    pq.write_table(pq.read_table(io.BytesIO(whole)), items, compression="none", row_group_size=2)
+    assert Dataset.load(folder).item_ids[0] == "i00"  # other bytes, the same values
+    table = pq.read_table(items)
+    pq.write_table(table.set_column(1, "title", pa.array(["x", *table["title"].to_pylist()[1:]])), items)
+    with pytest.raises(CalrecError, match=r"items\.parquet does not hold what its manifest names"):
         Dataset.load(folder)
     items.unlink()
     with pytest.raises(CalrecError, match=r"items\.parquet is missing.*calrec prepare"):

@@ -6,9 +6,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_data import read_files
 
-from calrec_jax.data import readers
-from calrec_jax.data.readers import read_2018
+from calrec_jax.data import quarantine as quarantine_lib
+from calrec_jax.data.fields import text_hash
 from calrec_jax.errors import CalrecError
 
 REVIEW = {"reviewerID": "u1", "asin": "i1", "unixReviewTime": 1_400_000_000}
@@ -28,7 +29,7 @@ def write(path, lines):
 def read(folder, reviews=(REVIEW,), items=(ITEM,), *, share=1.0, suffix=".json.gz"):
     """Reads lines as files; returns the raw category and the quarantined rows."""
     paths = write(folder / f"X_5{suffix}", reviews), write(folder / f"meta_X{suffix}", items)
-    raw = read_2018(*paths, folder / "quarantine.jsonl", share)
+    raw = read_files(*paths, folder / "quarantine.jsonl", share)
     quarantined = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text("utf-8").splitlines()]
     for report in (raw.reviews, raw.metadata):
         assert report.lines == report.kept + sum(report.dropped.values()) + sum(report.quarantined.values())
@@ -40,11 +41,19 @@ def read(folder, reviews=(REVIEW,), items=(ITEM,), *, share=1.0, suffix=".json.g
 def test_good_lines_are_kept(tmp_path, suffix):
     second = {**REVIEW, "asin": " i2 ", "unixReviewTime": 5.0, "reviewText": "liked it"}
     raw, quarantined = read(tmp_path, [REVIEW, second], suffix=suffix)
+    liked = text_hash("Liked  it!")
     assert raw.interactions.to_pylist() == [
-        {"user_id": "u1", "item_id": "i1", "timestamp": 1_400_000_000, "line": 1},
-        {"user_id": "u1", "item_id": "i2", "timestamp": 5, "line": 2},
+        {"user_id": "u1", "item_id": "i1", "timestamp": 1_400_000_000, "text_hash": None, "split": None, "line": 1},
+        {"user_id": "u1", "item_id": "i2", "timestamp": 5, "text_hash": liked, "split": None, "line": 2},
     ]
-    expected = {"item_id": "i1", "title": "Wire", "category": "Shop, Wire", "brand": "Acme", "price": "$3.00"}
+    expected = {
+        "item_id": "i1",
+        "title": "Wire",
+        "category": "Shop, Wire",
+        "brand": "Acme",
+        "price": "$3.00",
+        "line": 1,
+    }
     assert raw.items.to_pylist() == [expected]
     assert quarantined == [] and not raw.reviews.repaired and not raw.metadata.repaired
 
@@ -52,7 +61,7 @@ def test_good_lines_are_kept(tmp_path, suffix):
 def test_zipping_is_read_from_the_content_and_a_byte_order_mark_ignored(tmp_path):
     (tmp_path / "X.json").write_bytes(gzip.compress(as_bytes(REVIEW)))
     (tmp_path / "meta.json.gz").write_bytes(b"\xef\xbb\xbf" + as_bytes(ITEM))
-    raw = read_2018(tmp_path / "X.json", tmp_path / "meta.json.gz", tmp_path / "q", 0.0)
+    raw = read_files(tmp_path / "X.json", tmp_path / "meta.json.gz", tmp_path / "q", 0.0)
     assert (raw.reviews.kept, raw.metadata.kept) == (1, 1)
 
 
@@ -142,15 +151,15 @@ def test_bad_metadata_lines_are_quarantined(tmp_path):
     assert raw.metadata.kept == 1
 
 
-def test_first_metadata_row_with_a_title_wins(tmp_path):
-    rows = [{**ITEM, "title": "", "brand": "a"}, {**ITEM, "title": "second"}, {**ITEM, "title": "third"}]
-    other = {**ITEM, "asin": "i2", "title": ""}
-    raw, _ = read(tmp_path, items=[*rows, other, {**other, "brand": "later"}])
-    assert [(row["item_id"], row["title"], row["brand"]) for row in raw.items.to_pylist()] == [
-        ("i1", "second", "Acme"),
-        ("i2", None, "Acme"),
+def test_all_rows_of_an_item_are_staged(tmp_path):
+    rows = [{**ITEM, "title": ""}, {**ITEM, "title": "second"}, {**ITEM, "asin": "i2"}]
+    raw, _ = read(tmp_path, items=rows)
+    assert [(row["item_id"], row["title"], row["line"]) for row in raw.items.to_pylist()] == [
+        ("i1", None, 1),
+        ("i1", "second", 2),
+        ("i2", "Wire", 3),
     ]
-    assert raw.metadata.dropped == {"item repeated in the metadata": 3}
+    assert raw.metadata.kept == 3
 
 
 @given(st.lists(st.sampled_from([REVIEW, "", "{", *(line for line, _ in BAD_REVIEWS[3:])]), max_size=20))
@@ -174,7 +183,7 @@ def test_too_many_bad_lines_stop_the_run_and_name_the_worst(tmp_path):
 
 @pytest.mark.parametrize("which", ["reviews", "items"])
 def test_a_file_of_bad_lines_is_not_read_to_its_end(tmp_path, monkeypatch, which):
-    monkeypatch.setattr(readers, "_CHECK_EVERY", 50)
+    monkeypatch.setattr(quarantine_lib, "CHECK_EVERY", 50)
     good = {"reviews": REVIEW, "items": ITEM}[which]
     read(tmp_path, **{which: [good] * 99 + ["{"]}, share=0.01)
     with pytest.raises(CalrecError, match=r"json\.gz: 30 of the first 50 lines cannot be used.*not JSON \(30 lines\)"):
@@ -194,12 +203,12 @@ def test_files_that_cannot_be_read(tmp_path, which):
 
     def fails(message):
         with pytest.raises(CalrecError, match=message):
-            read_2018(*paths, tmp_path / "q", 1.0)
+            read_files(*paths, tmp_path / "q", 1.0)
 
     bad.write_bytes(whole[:-9])
-    fails(f"{which} is truncated or damaged gzip.*Download it again")
+    fails(f"{which} is truncated or damaged.*Download it again")
     bad.write_bytes(whole[:20] + b"\0\0\0\0" + whole[24:])
-    fails(f"{which} is truncated or damaged gzip")
+    fails(f"{which} is truncated or damaged")
     bad.write_bytes(b"")
     fails(f"{which} is empty")
     bad.write_bytes(gzip.compress(b""))
@@ -211,4 +220,4 @@ def test_files_that_cannot_be_read(tmp_path, which):
     bad.rename(tmp_path / which.replace("json", "jsonl"))
     fails(f"{which} does not exist.*Near it: .*jsonl")
     bad.mkdir()
-    fails(f"{which} is a folder; name the file itself")
+    fails(f"{which} is a folder without a file")

@@ -9,15 +9,18 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import ibis
 import numpy as np
 import pytest
+from raw_data import read_files
 
 from calrec_jax.data.prepare import prepare
-from calrec_jax.data.readers import read_2018
+from calrec_jax.data.relational import drop_repeated_items
 from calrec_jax.data.shop import DAY, LAST_DAY, Oracle, Shop, load_oracle, simulate_category, write_shop
 from calrec_jax.data.shop_catalogue import ALWAYS, ROLES, build_catalogue, price_point
 from calrec_jax.data.shop_purchases import NEVER, Rules, Shopper, State, draw, simulate
 from calrec_jax.data.shop_words import CATEGORIES
+from calrec_jax.data.templates import ATTRIBUTES
 from calrec_jax.errors import CalrecError
 
 SMALL = Shop(seed=3, users=150, items=240, dirty=0.005)
@@ -103,15 +106,16 @@ def test_dirt_is_counted_and_below_one_percent_by_default(tmp_path):
     shop = Shop(users=500)
     files = write_shop(tmp_path, shop, (OFFICE,))
     dirt = files.dirt[OFFICE]
-    raw = read_2018(files.reviews[OFFICE], files.metadata[OFFICE], tmp_path / "quarantine.jsonl", max_bad_share=0.01)
+    raw = read_files(files.reviews[OFFICE], files.metadata[OFFICE], tmp_path / "quarantine.jsonl", 0.01)
     reviews, metadata = raw.reviews, raw.metadata
     assert sum(reviews.quarantined.values()) == dirt["reviews.broken_json"] + dirt["reviews.missing_field"]
     assert reviews.quarantined["not JSON"] == dirt["reviews.broken_json"]
     assert sum(dirt[key] for key in dirt if key.startswith("reviews.")) < 0.01 * reviews.lines
     assert metadata.quarantined == {"not JSON": dirt["metadata.broken_json"]}
-    assert metadata.dropped == {"item repeated in the metadata": dirt["metadata.repeated_item"]}
-    assert metadata.repaired["category taken from main_cat"] == dirt["metadata.empty_category"]
-    table = raw.items.to_pydict()
+    items = drop_repeated_items(ibis.memtable(raw.items), ATTRIBUTES).to_pyarrow()
+    assert metadata.kept - items.num_rows == dirt["metadata.repeated_item"]
+    assert metadata.repaired["category taken from main_cat"] >= dirt["metadata.empty_category"]
+    table = items.to_pydict()
     assert table["price"].count(None) == dirt["metadata.css_price"] + dirt["metadata.absent_price"]
     assert table["brand"].count(None) == dirt["metadata.absent_brand"]
     assert min(dirt.values()) >= 1
@@ -123,9 +127,7 @@ def test_dirt_is_counted_and_below_one_percent_by_default(tmp_path):
 @pytest.mark.parametrize("category", list(CATEGORIES))
 def test_cleaned_dump_holds_the_simulated_sequences(written, tmp_path, category):
     """Without repeated and consecutive purchases, sorted by time and line, the dump is what was simulated."""
-    raw = read_2018(
-        written.reviews[category], written.metadata[category], tmp_path / "quarantine.jsonl", max_bad_share=0.1
-    )
+    raw = read_files(written.reviews[category], written.metadata[category], tmp_path / "quarantine.jsonl", 0.1)
     table = raw.interactions.to_pydict()
     columns = zip(table["timestamp"], table["line"], table["user_id"], table["item_id"], strict=True)
     got = defaultdict(list)
@@ -137,7 +139,8 @@ def test_cleaned_dump_holds_the_simulated_sequences(written, tmp_path, category)
         times = LAST_DAY - DAY * sales.purchases.days[number, : len(history)]
         assert got.pop(user) == list(zip(sales.item_ids[history], times, strict=True))
     assert not got
-    titles = dict(zip(raw.items["item_id"].to_pylist(), raw.items["title"].to_pylist(), strict=True))
+    items = drop_repeated_items(ibis.memtable(raw.items), ATTRIBUTES).to_pyarrow()
+    titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
     assert [titles[item] for item in sales.item_ids] == sales.catalogue.titles
 
 
