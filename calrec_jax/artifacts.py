@@ -116,6 +116,26 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         _fsync(path.parent)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a new, empty folder beside `path` for what is needed on the way to it; it is removed in any case.
+
+    What killed processes left for the same `path` is removed first.
+
+    Raises:
+      CalrecError: no space is left, or the parent folder cannot be written.
+    """
+    path = pathlib.Path(path)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_sibling(path.with_name(path.name + ".scratch"))
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
+
+
 def _temporary_sibling(path: pathlib.Path) -> pathlib.Path:
     """A free name beside `path`; what killed processes of this host left there for the same `path` is removed first."""
     mine = f".tmp-{socket.gethostname()}-"

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from raw_data import read_files
 
-from calrec_jax.data.prepare import drop_repeated_items, prepare
+from calrec_jax.data.prepare import prepare
+from calrec_jax.data.relational import drop_repeated_items
 from calrec_jax.data.shop import DAY, LAST_DAY, Oracle, Shop, load_oracle, simulate_category, write_shop
 from calrec_jax.data.shop_catalogue import ALWAYS, ROLES, build_catalogue, price_point
 from calrec_jax.data.shop_purchases import NEVER, Rules, Shopper, State, draw, simulate

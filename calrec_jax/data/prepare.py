@@ -1,113 +1,41 @@
-"""Raw purchase logs to a dataset: repeats, order, minimum length, leave-last-out, statistics and the data card.
+"""The verb `prepare`: raw purchase logs to a dataset and its data card.
 
-The relational part is written once, as Ibis expressions over a table of interactions (`user_id`, `item_id`,
-`timestamp`, `line`); DuckDB runs it in process. Every expression is deterministic: purchases are in total order by
-time and then by their line in the file, so that purchases of one day keep the order in which they were logged.
+The readers stage the raw files as Parquet (`readers.py`, kept by `staging.py`); the rules are Ibis expressions
+(`relational.py`), run by an engine (`engines.py`), as are the split (`splits.py`) and what is counted (`audit.py`);
+`dataset.py` writes the result. Nothing of a category's size is held in Python.
 """
 
-import contextlib
-import datetime
-import functools
 import logging
-import operator
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gin
 import ibis
-import pyarrow as pa
 from ibis import _
 from ibis.expr.types import Table
 
 from calrec_jax import artifacts
+from calrec_jax.data import audit, engines, readers, relational, sources, splits, staging
 from calrec_jax.data import dataset as dataset_lib
-from calrec_jax.data import readers, sources
+from calrec_jax.data.card import made_by, read_facts
 from calrec_jax.data.dataset import Dataset
+from calrec_jax.data.engines import Engine, Rows
+from calrec_jax.data.splits import LEAVE_LAST_OUT, OFFICIAL, Moment, Split
 from calrec_jax.data.templates import Template
 from calrec_jax.errors import CalrecError
 
 MIN_LENGTH = 3  # a test target, a validation target and a purchase to learn from
+CACHE = ".staged"  # beside the dataset
 _NAMED = 20  # items named one by one in the card; the rest is counted
 _DAY = 86_400
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 _log = logging.getLogger(__name__)
-
-
-def drop_duplicates(interactions: Table) -> Table:
-    """Keeps the first line of each (user, item, time): dumps repeat whole reviews."""
-    return interactions.group_by("user_id", "item_id", "timestamp").agg(line=_.line.min())
-
-
-def drop_consecutive_repeats(interactions: Table) -> Table:
-    """Of an item bought several times in a row, keeps the first purchase (paper, section "Evaluation")."""
-    previous = interactions.mutate(previous=_.item_id.lag().over(_in_order()))
-    return previous.filter(_.previous.isnull() | (_.previous != _.item_id)).drop("previous")
-
-
-def drop_short(interactions: Table, min_length: int) -> Table:
-    """Drops users with fewer than `min_length` purchases."""
-    counted = interactions.mutate(length=_.count().over(ibis.window(group_by="user_id")))
-    return counted.filter(_.length >= min_length).drop("length")
-
-
-def _in_order() -> Any:
-    return ibis.window(group_by="user_id", order_by=["timestamp", "line"])
-
-
-def split_sequences(interactions: Table) -> Table:
-    """One row a user: purchases in order, and the positions of the two targets (leave-last-out).
-
-    Structs are collected and then sorted: that is the same on every backend, an ordered collect is not.
-    """
-    purchase = ibis.struct({"timestamp": _.timestamp, "line": _.line, "item_id": _.item_id})
-    collected = interactions.mutate(purchase=purchase).group_by("user_id").agg(purchases=_.purchase.collect())
-    ordered = collected.mutate(purchases=_.purchases.sort())
-    return ordered.select(
-        "user_id",
-        item_ids=_.purchases.map(lambda row: row.item_id),
-        timestamps=_.purchases.map(lambda row: row.timestamp),
-        valid_position=(_.purchases.length() - 2).cast("int32"),
-        test_position=(_.purchases.length() - 1).cast("int32"),
-    )
-
-
-def statistics(interactions: Table) -> Table:
-    """One row of statistics of sequences that are ready to be split.
-
-    Tied: as old as the purchase before it. A repeat: the user bought the item earlier, at whatever distance.
-    """
-    earlier = ibis.window(group_by=["user_id", "item_id"], order_by=["timestamp", "line"])
-    length = _.count().over(ibis.window(group_by="user_id"))
-    marked = interactions.mutate(
-        previous_time=_.timestamp.lag().over(_in_order()),
-        previous_item=_.item_id.lag().over(_in_order()),
-        position=ibis.row_number().over(_in_order()),
-        occurrence=ibis.row_number().over(earlier),
-        length=length,
-    ).mutate(is_test=_.position == _.length - 1, is_first=_.position == 0)
-    same_day = (_.previous_time // _DAY == _.timestamp // _DAY).fill_null(False)
-    return marked.agg(
-        users=_.is_first.sum(),
-        items=_.item_id.nunique(),
-        interactions=_.count(),
-        first_time=_.timestamp.min(),
-        last_time=_.timestamp.max(),
-        length_min=_.length.min(where=_.is_first),
-        length_median=_.length.median(where=_.is_first),
-        length_mean=_.length.mean(where=_.is_first),
-        length_max=_.length.max(where=_.is_first),
-        repeats=(_.occurrence > 0).sum(),
-        consecutive_repeats=(_.previous_item == _.item_id).fill_null(False).sum(),
-        tied=(_.previous_time == _.timestamp).fill_null(False).sum(),
-        tied_test_targets=(_.is_test & (_.previous_time == _.timestamp).fill_null(False)).sum(),
-        same_day_test_targets=(_.is_test & same_day).sum(),
-        repeated_test_targets=(_.is_test & (_.occurrence > 0)).sum(),
-    )
+Paths = str | Path | Sequence[str | Path]
 
 
 @gin.configurable
@@ -115,16 +43,28 @@ def prepare(
     out: str | Path,
     *,
     name: str,
-    reviews: str | Path | Sequence[str | Path],
-    metadata: str | Path | Sequence[str | Path],
+    reviews: Paths,
+    metadata: Paths,
     layout: str = "2018",
+    keep_categories: Sequence[str] = (),
+    near_duplicate_days: float | None = None,
     remove_consecutive_repeats: bool = True,
     min_length: int = MIN_LENGTH,
+    core: Sequence[int] | None = None,
+    split: str = LEAVE_LAST_OUT,
+    split_times: Sequence[Moment] | None = None,
     max_bad_share: float = 0.01,
     keep_unbought_items: bool = True,
     template: Template | None = None,
+    engine: str = engines.DUCKDB,
+    memory_limit: str = "3GB",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    cache_gib: float = 20.0,
 ) -> Dataset:
     """Makes a dataset folder from a category's raw files, or loads it when it is there already.
+
+    The rules apply in the order of these arguments. The last five change how it is done, not what comes out.
 
     Args:
       out: the folder to make.
@@ -132,27 +72,45 @@ def prepare(
       reviews: the file of purchases, or several; a folder, a pattern or a URL as `sources.find` takes them.
       metadata: the same of items.
       layout: of the files, one of `readers.LAYOUTS`.
+      keep_categories: keep the items alone whose category path has one of these levels, as written; empty: all.
+      near_duplicate_days: drop a review of the same user, item and text as one at most so many days before; None: none.
       remove_consecutive_repeats: of an item bought several times in a row, keep the first purchase only.
-      min_length: users with fewer purchases are dropped; at least 3.
+      min_length: users with fewer purchases are dropped; at least 3 for leave-last-out, at least 1 otherwise.
+      core: (u, i) keeps the greatest set in which every user has u purchases and every item i; None: no core. The
+        catalogue then has its items alone.
+      split: "leave_last_out", "global_time" or "official" (see `splits.py`).
+      split_times: where validation and test begin with "global_time": two shares of the purchases, two dates (UTC) or
+        two numbers of seconds; None: (0.8, 0.9).
       max_bad_share: largest share of a file's lines, in [0, 1], that may be unusable before the run stops.
       keep_unbought_items: whether metadata items that no purchase names belong to the catalogue. They compete in the
         ranking; turn this off for metadata that covers far more than the reviews do.
       template: writes the item texts; the default one when None.
+      engine: "duckdb", or a URL: ``pyspark://?spark.master=local[2]``, ``bigquery://project/dataset``.
+      memory_limit: what the engine may hold in memory, such as "3GB"; the rest goes to a folder beside `out`.
+      threads: of DuckDB; None: all cores.
+      cache_dir: where staged files are kept; None: `.staged` beside `out`.
+      cache_gib: what the kept files may take, in GiB; 0: none is kept.
 
     Raises:
-      CalrecError: if a setting is wrong, a file cannot be used, the files do not belong together, no user is long
-        enough to split, or `out` holds a dataset made from something else.
+      CalrecError: if a setting is wrong, a file cannot be used, the files do not belong together, a rule leaves nothing
+        or too little to split, the engine is not there, or `out` holds a dataset made from something else.
     """
     out, template = Path(out), template or Template()
     settings = {
         "name": name,
         "layout": layout,
+        "keep_categories": list(keep_categories),
+        "near_duplicate_days": near_duplicate_days,
         "remove_consecutive_repeats": remove_consecutive_repeats,
         "min_length": min_length,
+        "core": None if core is None else list(core),
+        "split": split,
+        "split_times": None if split_times is None else list(split_times),
         "max_bad_share": max_bad_share,
         "keep_unbought_items": keep_unbought_items,
     }
-    _check_settings(settings)
+    _check_settings(settings, cache_gib)
+    engines.check_engine(engine, memory_limit, threads)
     files = {"reviews": sources.find(reviews), "metadata": sources.find(metadata)}
     made_from = {role: sources.combined_hash(found) for role, found in files.items()}
     with_template = {**made_from, "template": template.fingerprint}
@@ -161,49 +119,59 @@ def prepare(
         return Dataset.load(out)
     _clear_unfinished(out)
     quarantine = out.with_name(out.name + ".quarantine.jsonl")
-    with artifacts.disk_errors(out.parent), _quarantine_file(quarantine):
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-staged-", dir=out.parent) as staged:
-            raw = readers.read(
-                staged,
-                files["reviews"],
-                files["metadata"],
-                layout=layout,
-                attributes=template.attributes,
-                quarantine=quarantine,
-                max_bad_share=max_bad_share,
-            )
-            with _connection() as connection:
-                items, sequences, card = _relate(connection, raw, settings)
-        card["sources"] = {
-            role: [{"file": source.name, "bytes": source.size, "sha256": source.sha256} for source in found]
-            for role, found in files.items()
-        }
+    with artifacts.disk_errors(out.parent), _quarantine_file(quarantine), artifacts.scratch_folder(out) as scratch:
+        cache = Path(cache_dir).expanduser() if cache_dir is not None else out.parent / CACHE
+        raw, _reused = staging.read_or_reuse(
+            cache if cache_gib else scratch / CACHE,
+            files,
+            {"layout": layout, "attributes": list(template.attributes), "max_bad_share": max_bad_share},
+            quarantine=quarantine,
+            limit_bytes=int(cache_gib * 2**30),
+        )
+        with engines.open_engine(engine, scratch, memory_limit, threads) as opened:
+            category = _Category(opened, raw, settings)
+            items, users, purchases = category.run()
+            card = {**read_facts(name, files, raw, settings), **category.card, "made_by": made_by(opened.version)}
         return dataset_lib.save_dataset(
             out,
             name=name,
             items=items,
-            sequences=sequences,
+            sequences=dataset_lib.sequence_groups(users, purchases),
             template=template,
             card=card,
             made_from=made_from,
             settings=settings,
+            split=category.card["split"],
             quarantine=quarantine,
         )
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
+def _check_settings(settings: dict[str, Any], cache_gib: float) -> None:
     name, layout, share = settings["name"], settings["layout"], settings["max_bad_share"]
     if not _NAME.fullmatch(name):
         raise CalrecError(f"prepare.name={name!r}: letters, digits, '.', '_' and '-' only; it names a folder.")
     if layout not in readers.LAYOUTS:
         raise CalrecError(f"prepare.layout={layout!r}: one of {sorted(readers.LAYOUTS)}.")
-    if settings["min_length"] < MIN_LENGTH:
+    splits.check_times(settings["split_times"], settings["split"])
+    if settings["split"] == LEAVE_LAST_OUT and settings["min_length"] < MIN_LENGTH:
         raise CalrecError(
             f"prepare.min_length={settings['min_length']}: at least {MIN_LENGTH}, for a test target, a validation "
             "target and a purchase before them."
         )
+    if settings["min_length"] < 1:
+        raise CalrecError(f"prepare.min_length={settings['min_length']}: at least 1.")
+    core = settings["core"]
+    if core is not None and (len(core) != 2 or not all(isinstance(k, int) and k >= 1 for k in core)):
+        raise CalrecError(
+            f"prepare.core={core!r}: two whole numbers from 1, purchases of a user and of an item, such as (5, 5)."
+        )
+    days = settings["near_duplicate_days"]
+    if days is not None and not 0 <= days < 100_000:
+        raise CalrecError(f"prepare.near_duplicate_days={days!r}: a number of days from 0, or None.")
     if not 0 <= share <= 1:
         raise CalrecError(f"prepare.max_bad_share={share}: a share between 0 and 1.")
+    if cache_gib < 0:
+        raise CalrecError(f"prepare.cache_gib={cache_gib}: GiB from 0, which keeps nothing.")
 
 
 def _clear_unfinished(out: Path) -> None:
@@ -221,7 +189,7 @@ def _clear_unfinished(out: Path) -> None:
     shutil.rmtree(out)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quarantine_file(path: Path) -> Iterator[None]:
     """The file beside the dataset folder while it is made; it stays only when the run fails and it has lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,104 +202,159 @@ def _quarantine_file(path: Path) -> Iterator[None]:
     path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _connection() -> Iterator[Any]:
-    """DuckDB in memory."""
-    connection = ibis.duckdb.connect()
-    try:
-        yield connection
-    finally:
-        connection.disconnect()
+class _Category:
+    """The relational part of one category.
 
+    Attributes:
+      card: rules, catalogue, split, statistics and leakage, filled by `run`.
+    """
 
-def _relate(connection: Any, raw: readers.RawCategory, settings: dict[str, Any]) -> tuple[pa.Table, pa.Table, dict]:
-    """Runs the relational part. Returns the items, the sequences and the card (sources not yet in it)."""
-    rules: list[dict[str, Any]] = []
+    def __init__(self, engine: Engine, raw: readers.RawCategory, settings: dict[str, Any]):
+        self._engine, self._raw, self._settings = engine, raw, settings
+        self._rules: list[dict[str, Any]] = []
+        self._name = settings["name"]
+        self.card: dict[str, Any] = {"rules": self._rules}
 
-    def stage(rule: str, table: Table) -> Table:
-        """Materialises a step, so that the next ones do not run it again, and notes what it left."""
-        made = connection.create_table(f"stage_{len(rules)}", table)
-        count = made.agg(users=_.user_id.nunique(), interactions=_.count()).to_pyarrow().to_pylist()[0]
+    def run(self) -> tuple[Rows, Rows, Rows]:
+        """Applies the rules.
+
+        Returns:
+          The items by id; the users by id (`splits.users`); the purchases by user and order: item_id, timestamp.
+        """
+        engine, settings = self._engine, self._settings
+        metadata = engine.materialise(
+            relational.drop_repeated_items(engine.read(self._raw.items / artifacts.SHARDS), self._raw.attributes)
+        )
+        read = self._read()
+        if settings["keep_categories"]:
+            read, metadata = self._in_categories(read, metadata)
+        kept = self._deduplicated(read)
+        kept = self._long_enough(kept)
+        items = self._items(read if settings["core"] is None else kept, metadata)
+        split = Split(settings["split"])
+        if split.kind == splits.GLOBAL_TIME:
+            split = splits.global_time(kept, settings["split_times"])
+        walked = engine.materialise(splits.walk(kept, split))
+        users = engine.materialise(splits.users(walked))
+        self._count_split(split, users)
+        self.card["statistics"] = audit.statistics(engine, walked, users)
+        self.card["leakage"] = audit.leakage(engine, walked)
+        purchases = walked.order_by("user_id", "position").select("item_id", "timestamp")
+        return items, engine.export(users.order_by("user_id")), engine.export(purchases)
+
+    def _stage(self, rule: str, table: Table, before: Table | None = None, **facts: Any) -> Table:
+        """Notes what a rule left; `before`, no longer needed, is dropped."""
+        count = self._engine.row(
+            table.agg(users=_.user_id.nunique(), items=_.item_id.nunique(), interactions=_.count())
+        )
         after = {f"{what}_out": number for what, number in count.items()}
-        before = {f"{what}_in": rules[-1][f"{what}_out"] if rules else number for what, number in count.items()}
-        rules.append({"rule": rule, **before, **after})
-        return made
+        last = self._rules[-1] if self._rules else None
+        into = {f"{what}_in": last[f"{what}_out"] if last else number for what, number in count.items()}
+        self._rules.append({"rule": rule, **into, **after, **facts})
+        if before is not None:
+            self._engine.drop(before)
+        return table
 
-    read = stage("read", connection.read_parquet(str(raw.interactions / artifacts.SHARDS)))
-    described = connection.read_parquet(str(raw.items / artifacts.SHARDS))
-    items, catalogue = _catalogue(read, described, raw, settings["keep_unbought_items"])
-    kept = stage("exact duplicates of user, item and time", drop_duplicates(read))
-    if settings["remove_consecutive_repeats"]:
-        kept = stage("consecutive repeats of an item", drop_consecutive_repeats(kept))
-    kept = stage(f"users with fewer than {settings['min_length']} purchases", drop_short(kept, settings["min_length"]))
-    if not rules[-1]["users_out"]:
-        raise CalrecError(
-            f"{settings['name']} is too small to split: no user has {settings['min_length']} purchases "
-            f"(read: {rules[0]['users_out']} users, {rules[0]['interactions_out']} interactions in {raw.reviews.file})."
+    @property
+    def _left(self) -> int:
+        return self._rules[-1]["interactions_out"]
+
+    def _read(self) -> Table:
+        read = self._engine.read(self._raw.interactions / artifacts.SHARDS)
+        official = self._settings["split"] == OFFICIAL
+        part = splits.official_parts(read) if official else ibis.literal(0, "int8")
+        columns = ["user_id", "item_id", "timestamp", "line", "text_hash"]
+        read = self._stage("read", self._engine.materialise(read.select(*columns, part=part)))
+        if official:
+            without = self._engine.row(read.filter(_.part < 0).agg(count=_.count()))["count"]
+            if without:
+                raise CalrecError(
+                    f"prepare.split='official': {without} of {self._left} purchases of {self._raw.reviews.file} have no "
+                    "split of their own. Name the files of an official split, or choose another prepare.split."
+                )
+        return read
+
+    def _in_categories(self, read: Table, metadata: Table) -> tuple[Table, Table]:
+        names = self._settings["keep_categories"]
+        if "category" not in metadata.columns:
+            raise CalrecError(f"prepare.keep_categories={names}: the items of this layout have no category.")
+        engine = self._engine
+        chosen = engine.materialise(metadata.filter(relational.in_categories(names)))
+        kept = self._stage(f"items outside the categories {names}", engine.materialise(read.semi_join(chosen, "item_id")))
+        if not self._left:
+            raise CalrecError(
+                f"prepare.keep_categories={names}: no purchase of {self._name} is of such an item. Levels are "
+                "compared as they are written in the metadata."
+            )
+        return kept, chosen
+
+    def _deduplicated(self, read: Table) -> Table:
+        engine, days = self._engine, self._settings["near_duplicate_days"]
+        kept = self._stage(
+            "exact duplicates of user, item and time", engine.materialise(relational.drop_duplicates(read))
         )
-    card = {
-        "name": settings["name"],
-        "lines": {"reviews": raw.reviews.to_json(), "metadata": raw.metadata.to_json()},
-        "rules": rules,
-        "catalogue": catalogue,
-        "statistics": _shares(statistics(kept).to_pyarrow().to_pylist()[0]),
-    }
-    return items, split_sequences(kept).to_pyarrow(), card
+        if days is not None:
+            fewer = engine.materialise(relational.drop_near_duplicates(kept, int(days * _DAY)))
+            kept = self._stage(f"reviews of the same user, item and text within {days:g} days", fewer, kept)
+        if self._settings["remove_consecutive_repeats"]:
+            fewer = engine.materialise(relational.drop_consecutive_repeats(kept))
+            kept = self._stage("consecutive repeats of an item", fewer, kept)
+        return kept
 
+    def _long_enough(self, kept: Table) -> Table:
+        engine, core = self._engine, self._settings["core"]
+        least = max(self._settings["min_length"], core[0] if core else 1)
+        if core is not None:
+            smaller, rounds = relational.core(kept, least, core[1], engine.materialise, engine.drop)
+            rule = f"users with fewer than {least} and items with fewer than {core[1]} purchases, again and again"
+            self._stage(rule, smaller, kept if rounds else None, rounds=rounds)
+            if not self._left:
+                raise CalrecError(
+                    f"prepare.core={tuple(core)} (with min_length={self._settings['min_length']}) empties {self._name}: "
+                    f"nothing is left after {rounds} rounds of {self._rules[-1]['interactions_in']} purchases. Lower it."
+                )
+            return smaller
+        fewer = engine.materialise(relational.drop_rare(kept, "user_id", least))
+        fewer = self._stage(f"users with fewer than {least} purchases", fewer, kept)
+        if not self._left:
+            first = self._rules[0]
+            raise CalrecError(
+                f"{self._name} is too small to split: no user has {least} purchases (read: {first['users_out']} users, "
+                f"{first['interactions_out']} interactions in {self._raw.reviews.file})."
+            )
+        return fewer
 
-def drop_repeated_items(items: Table, attributes: Sequence[str]) -> Table:
-    """Of an item's rows of metadata, keeps the one with the fewest absent attributes, of several the first line."""
-    absent = functools.reduce(operator.add, [items[name].isnull().cast("int32") for name in attributes])
-    best = ibis.window(group_by="item_id", order_by=["absent", "line"])
-    ranked = items.mutate(absent=absent).mutate(place=ibis.row_number().over(best))
-    return ranked.filter(_.place == 0).drop("absent", "place", "line")
+    def _items(self, purchases: Table, metadata: Table) -> Rows:
+        """The catalogue: items of any readable purchase, or those of the core, and the unbought ones where asked."""
+        engine, raw = self._engine, self._raw
+        keep = self._settings["keep_unbought_items"] and self._settings["core"] is None
+        items = engine.materialise(relational.catalogue(purchases, metadata, raw.attributes, keep))
+        facts = audit.catalogue_facts(engine, items, raw.attributes, _NAMED)
+        described = engine.row(metadata.agg(count=_.count()))["count"]
+        unbought = described - (facts["bought"] - facts["without_metadata"])
+        if unbought == described:
+            raise CalrecError(
+                f"No item of {raw.metadata.file} is in {raw.reviews.file}: they are files of different categories. "
+                "Correct prepare.metadata or prepare.reviews."
+            )
+        del facts["unbought"]
+        self.card["catalogue"] = {
+            **facts,
+            "repeated_in_metadata": raw.metadata.kept - described,
+            "unbought_in_metadata": unbought,
+            "unbought_kept": keep,
+        }
+        if self._settings["keep_categories"]:  # the rows of other categories are no repeats
+            del self.card["catalogue"]["repeated_in_metadata"]
+        return engine.export(items.order_by("item_id").select("item_id", *raw.attributes))
 
-
-def _catalogue(
-    read: Table, described: Table, raw: readers.RawCategory, keep_unbought: bool
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The catalogue: items of any readable purchase, with their metadata where there is some, and the unbought ones."""
-    names = raw.attributes
-    bought = set(read.select("item_id").distinct().to_pyarrow()["item_id"].to_pylist())
-    rows = drop_repeated_items(described, names).to_pyarrow().to_pylist()
-    repeated = raw.metadata.kept - len(rows)
-    unbought = [row for row in rows if row["item_id"] not in bought]
-    if len(unbought) == len(rows):
-        raise CalrecError(
-            f"No item of {raw.metadata.file} is in {raw.reviews.file}: they are files of different categories. Correct "
-            "prepare.metadata or prepare.reviews."
-        )
-    undescribed = sorted(bought - {row["item_id"] for row in rows})
-    if not keep_unbought:
-        rows = [row for row in rows if row["item_id"] in bought]
-    rows += [{"item_id": item_id, **dict.fromkeys(names)} for item_id in undescribed]
-    blank = sorted(row["item_id"] for row in rows if not any(row[name] for name in names))
-    facts = {
-        "items": len(rows),
-        "bought": len(bought),
-        "repeated_in_metadata": repeated,
-        "unbought_in_metadata": len(unbought),
-        "unbought_kept": keep_unbought,
-        "without_metadata": len(undescribed),
-        "absent": {name: sum(not row[name] for row in rows) for name in names},
-        "without_any_attribute": {"count": len(blank), "first": blank[:_NAMED]},
-    }
-    schema = pa.schema([(name, pa.string()) for name in ("item_id", *names)])
-    return pa.Table.from_pylist(rows, schema), facts
-
-
-def _shares(counts: dict[str, Any]) -> dict[str, Any]:
-    """Adds dates, and shares to the counts that want one."""
-
-    def day(time: int) -> str:
-        return datetime.datetime.fromtimestamp(time, datetime.UTC).date().isoformat()
-
-    per_interaction = ("repeats", "consecutive_repeats", "tied")
-    per_user = ("tied_test_targets", "same_day_test_targets", "repeated_test_targets")
-    return {
-        **counts,
-        "first_day": day(counts["first_time"]),
-        "last_day": day(counts["last_time"]),
-        **{f"{name}_share": counts[name] / counts["interactions"] for name in per_interaction},
-        **{f"{name}_share": counts[name] / counts["users"] for name in per_user},
-    }
+    def _count_split(self, split: Split, users: Table) -> None:
+        facts = audit.split_facts(self._engine, users)
+        self.card["split"] = {**split.to_json(), **facts}
+        for what in ("train_interactions", "validation_users", "test_users"):
+            if not facts[what]:
+                raise CalrecError(
+                    f"{self._name} is too small to split: prepare.split={split.kind!r} leaves {what.replace('_', ' ')} "
+                    f"empty ({facts}). A target needs a purchase before it; choose other prepare.split_times, or a "
+                    "smaller prepare.min_length."
+                )
