@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calrec_jax import __version__
 from calrec_jax.errors import CalrecError
@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from calrec_jax import artifacts, config
 
+    if arguments.verb == "download":
+        _download(arguments)
+        return
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -91,6 +94,20 @@ def _run(arguments: argparse.Namespace) -> None:
     line.check(loaded)
     with artifacts.disk_errors(line.run_dir):
         _VERBS[arguments.verb].call(line, arguments)
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from calrec_jax.data.download import download
+
+    if not arguments.category:
+        raise CalrecError(f"--category is missing, for example: {_DOWNLOAD_EXAMPLE}")
+    download(
+        arguments.data_dir,
+        arguments.layout,
+        arguments.category,
+        subset=arguments.subset,
+        mirrors=arguments.mirror,
+    )
 
 
 def _line(loaded: Config) -> Line:
@@ -212,6 +229,9 @@ _VERBS = {
 }
 
 
+_DOWNLOAD_EXAMPLE = "calrec download --layout=2018 --category=Gift_Cards --data_dir=data"
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; `bindings` are the flags `--gin.NAME=value`, which argparse has no notion of."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -235,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"calrec {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_download(verbs)
     for name, verb in _VERBS.items():
         one = verbs.add_parser(
             name,
@@ -255,6 +276,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_download(verbs: Any) -> None:
+    """The verb that needs no gin file: what it fetches is what run files name."""
+    one = verbs.add_parser(
+        "download",
+        help="raw dumps of Amazon Reviews from their public sources",
+        description="Fetches a category's raw files. What is there already is checked; what was interrupted goes on.",
+        epilog=f"example:\n  {_DOWNLOAD_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    one.add_argument("--layout", choices=("2014", "2018", "2023"), default="2018", help="the release; default 2018")
+    one.add_argument("--category", action="append", default=[], metavar="NAME", help="repeatable, such as Gift_Cards")
+    one.add_argument("--subset", choices=("5core", "full", "ratings", "benchmark"), help=_SUBSET_HELP)
+    one.add_argument("--data_dir", default="data", metavar="DIR", help="where the files go; default data")
+    one.add_argument("--mirror", action="append", metavar="URL", help="in place of the release's own; repeatable")
+
+
+_SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _GIN_FILE_HELP = "repeatable, later files override; also one of the packaged files, such as runs/quickstart.gin"
 
 

@@ -50,7 +50,7 @@ def find(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[Source
 
     Args:
       paths: one or several of: a file; a folder, which stands for its files by name (hidden ones, those that begin
-        with ``_``, empty ones and `calrec download`'s sidecars left out); a pattern with ``*``, ``?`` or ``[…]``; any
+        with ``_``, empty ones and `calrec download`'s own left out); a pattern with ``*``, ``?`` or ``[…]``; any
         of them as a URL.
 
     Raises:
@@ -207,7 +207,7 @@ def _expand_url(path: str) -> list[str]:
 
 
 def _is_data(name: str) -> bool:
-    return not name.startswith((".", "_")) and not name.endswith(SIDECAR_SUFFIX)
+    return not name.startswith((".", "_")) and not name.endswith((SIDECAR_SUFFIX, ".part", ".part.json"))
 
 
 def _near(path: Path) -> str:
