@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calrec_jax import __version__
 from calrec_jax.errors import CalrecError
@@ -71,8 +71,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from calrec_jax import artifacts, config
 
     if arguments.verb == "download":
-        _download(arguments)
-        return
+        return _download(arguments)
+    if arguments.verb == "synth":
+        return _synth(arguments)
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -83,6 +84,8 @@ def _run(arguments: argparse.Namespace) -> None:
     bindings = arguments.bindings
     if arguments.run_dir is not None:
         bindings = [*bindings, f"RUN_DIR={os.path.expanduser(arguments.run_dir)!r}"]
+    if getattr(arguments, "engine", None):
+        bindings = [*bindings, f"prepare.engine={arguments.engine!r}"]
     if getattr(arguments, "split", None):
         bindings = [*bindings, f"run.split={arguments.split!r}"]
     modules: Sequence[str] = config.MODULES
@@ -93,14 +96,16 @@ def _run(arguments: argparse.Namespace) -> None:
     line = _line(loaded)
     line.check(loaded)
     with artifacts.disk_errors(line.run_dir):
-        _VERBS[arguments.verb].call(line, arguments)
+        call = _VERBS[arguments.verb].call
+        assert call is not None
+        call(line, arguments)
 
 
 def _download(arguments: argparse.Namespace) -> None:
     from calrec_jax.data.download import download
 
     if not arguments.category:
-        raise CalrecError(f"--category is missing, for example: {_DOWNLOAD_EXAMPLE}")
+        raise CalrecError(f"--category is missing, for example: {_VERBS['download'].example}")
     download(
         arguments.data_dir,
         arguments.layout,
@@ -172,6 +177,16 @@ def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
     _run_line(line, arguments)
 
 
+def _synth(arguments: argparse.Namespace) -> None:
+    from calrec_jax import artifacts
+    from calrec_jax.data.synth import Synth, write_synth
+
+    names = ("users", "items", "reviews_per_user", "seed", "category", "layout")
+    with artifacts.disk_errors(arguments.out):
+        paths = write_synth(arguments.out, Synth(**{name: getattr(arguments, name) for name in names}))
+    print("Made:", *(f"  {path} ({path.stat().st_size:,} bytes)" for path in paths), sep="\n")
+
+
 def _say_next(line: Line, arguments: argparse.Namespace) -> None:
     if line.split == "test":
         files = [f"--gin_file={file}" for file in arguments.gin_file]
@@ -183,17 +198,23 @@ def _say_next(line: Line, arguments: argparse.Namespace) -> None:
 
 
 class _Verb:
-    def __init__(self, call: Callable[[Line, argparse.Namespace], None], purpose: str, example: str, **options: dict):
+    """A verb; one without `call` is no step of a line, and takes its own options alone."""
+
+    def __init__(
+        self, call: Callable[[Line, argparse.Namespace], None] | None, purpose: str, example: str, **options: dict
+    ):
         self.call, self.purpose, self.example, self.options = call, purpose, f"calrec {example}", options
 
 
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"
+_SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _VERBS = {
     "prepare": _Verb(
         _prepare,
         "raw dumps → a dataset for each category",
         f"prepare {_RUN} --gin.DATA_DIR='\"/data/amazon2018\"'",
         category={"help": "only this one"},
+        engine={"metavar": "URL", "help": "in place of prepare.engine, e.g. 'pyspark://?spark.master=local[2]'"},
     ),
     "vocab": _Verb(_vocab, "catalogues → a SentencePiece vocabulary", f"vocab {_RUN}"),
     "train": _Verb(
@@ -225,11 +246,30 @@ _VERBS = {
         split=_SPLIT,
     ),
     "run": _Verb(_run_line, "all of the above but eval_tasks, in a row", f"run {_RUN}", split=_SPLIT),
+    "download": _Verb(
+        None,
+        "public sources → raw dumps of Amazon Reviews, resumed and checked",
+        "download --layout=2018 --category=Gift_Cards --data_dir=data",
+        layout={"choices": ("2014", "2018", "2023"), "default": "2018", "help": "the release; default 2018"},
+        category={"action": "append", "default": [], "metavar": "NAME", "help": "repeatable, such as Gift_Cards"},
+        subset={"choices": ("5core", "full", "ratings", "benchmark"), "help": _SUBSET_HELP},
+        data_dir={"default": "data", "metavar": "DIR", "help": "where the files go; default data"},
+        mirror={"action": "append", "metavar": "URL", "help": "in place of the release's own; repeatable"},
+    ),
+    "synth": _Verb(
+        None,
+        "raw dumps of any size with made-up users and items, for benchmarks",
+        "synth --users=100000 --items=20000 --layout=2018 --out=data",
+        users={"type": int, "required": True, "help": "how many"},
+        items={"type": int, "required": True, "help": "how many"},
+        reviews_per_user={"type": float, "default": 8.0, "help": "their mean (default 8)"},
+        layout={"choices": ("2018",), "default": "2018", "help": "of the files (default 2018)"},
+        category={"default": "Office_Products", "help": "whose words are used (default Office_Products)"},
+        seed={"type": int, "default": 0, "help": "the same seed gives the same bytes (default 0)"},
+        out={"required": True, "metavar": "DIR", "help": "the folder to write into"},
+    ),
     "quickstart": _Verb(_quickstart, "the line on a small synthetic shop, in minutes", "quickstart", split=_SPLIT),
 }
-
-
-_DOWNLOAD_EXAMPLE = "calrec download --layout=2018 --category=Gift_Cards --data_dir=data"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -255,45 +295,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"calrec {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_download(verbs)
     for name, verb in _VERBS.items():
         one = verbs.add_parser(
             name,
             help=verb.purpose,
-            description=f"{verb.purpose}. What is done already is skipped; what was interrupted goes on.",
+            description=f"{verb.purpose}. What is done already is skipped; what was interrupted goes on."
+            if verb.call is not None
+            else f"{verb.purpose}.",
             epilog=f"example:\n  {verb.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        one.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
-        one.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
-        one.add_argument(
-            "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
-        )
-        one.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
+        if verb.call is not None:
+            _add_gin_flags(one)
         for option, settings in verb.options.items():
             one.add_argument(f"--{option}", **settings)
     return parser
 
 
-def _add_download(verbs: Any) -> None:
-    """The verb that needs no gin file: what it fetches is what run files name."""
-    one = verbs.add_parser(
-        "download",
-        help="raw dumps of Amazon Reviews from their public sources",
-        description="Fetches a category's raw files. What is there already is checked; what was interrupted goes on.",
-        epilog=f"example:\n  {_DOWNLOAD_EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
+    parser.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
+    parser.add_argument(
+        "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
     )
-    one.add_argument("--layout", choices=("2014", "2018", "2023"), default="2018", help="the release; default 2018")
-    one.add_argument("--category", action="append", default=[], metavar="NAME", help="repeatable, such as Gift_Cards")
-    one.add_argument("--subset", choices=("5core", "full", "ratings", "benchmark"), help=_SUBSET_HELP)
-    one.add_argument("--data_dir", default="data", metavar="DIR", help="where the files go; default data")
-    one.add_argument("--mirror", action="append", metavar="URL", help="in place of the release's own; repeatable")
+    parser.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
 
 
-_SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _GIN_FILE_HELP = "repeatable, later files override; also one of the packaged files, such as runs/quickstart.gin"
 
 

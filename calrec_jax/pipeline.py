@@ -115,11 +115,13 @@ class Line:
 
     def prepare(self, category: str) -> None:
         """Makes a category's dataset from its raw dumps."""
+        from calrec_jax.data.card import summary
         from calrec_jax.data.prepare import prepare
 
         out = self.layout.dataset(category)
         with self.step(f"prepare {category}", out):
-            prepare(out, name=category, reviews=self.reviews, metadata=self.metadata, data_dir=self._data_dir)
+            dataset = prepare(out, name=category, reviews=self.reviews, metadata=self.metadata, data_dir=self._data_dir)
+            print(*(f"  {line}" for line in summary(dataset.card)), sep="\n", flush=True)
 
     def vocab(self) -> None:
         """Trains the tokenizer on the catalogues of all categories."""

@@ -81,7 +81,7 @@ class CalrecDataSource(seqio.DataSource):
     * `user_id`, `split`: string scalars.
 
     "train" has the users with two training items or more, and predicts the last of them; "validation" and "test" have
-    all users.
+    the users with a target.
     """
 
     def __init__(self, folder: pathlib.Path, space: CatalogueSpace, identity: Hashable = None):
@@ -120,9 +120,7 @@ class CalrecDataSource(seqio.DataSource):
         """Rows of the dataset's users in a split, ascending."""
         if split not in SPLITS:
             raise CalrecError(f"split={split!r}: {self.dataset.name} has {', '.join(SPLITS)}")
-        if split == "train":
-            return np.flatnonzero(self.dataset.valid_position >= 2)
-        return np.arange(len(self.dataset.user_ids))
+        return self.dataset.users_with(split)
 
     def get_dataset(
         self,
@@ -158,11 +156,7 @@ class CalrecDataSource(seqio.DataSource):
     def _example_fn(self, split: str) -> Any:
         tensors = self._tensors
         user_base, item_base = self.space.bases(self.place)
-        stop = {
-            "train": self.dataset.valid_position - 1,
-            "validation": self.dataset.valid_position,
-            "test": self.dataset.test_position,
-        }[split]
+        stop = self.dataset.train_end - 1 if split == "train" else self.dataset.target_positions(split)
         stops = tf.constant(stop, tf.int64)
         frame = tf.constant([templates.INTRO, templates.FIRST])
 

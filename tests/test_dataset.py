@@ -1,5 +1,7 @@
 """The dataset artefact: written and read back, splits, and files that do not agree."""
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from calrec_jax import artifacts
 from calrec_jax.data import dataset as dataset_lib
 from calrec_jax.data.dataset import Dataset, save_dataset
+from calrec_jax.data.tables import ContentDigest
 from calrec_jax.data.templates import ATTRIBUTES, Template
 from calrec_jax.errors import CalrecError
 
@@ -123,7 +126,9 @@ def rewrite(folder, file, table):
     manifest = artifacts.read_manifest(folder, kind="dataset")
     pq.write_table(table, folder / file)
     facts = {key: value for key, value in manifest.items() if key not in ("hash", "gin")}
-    facts["files"][file] = artifacts.hash_file(folder / file)
+    digest = ContentDigest(table.schema)
+    digest.update(table)
+    facts["content"][file] = digest.hexdigest()
     artifacts.write_manifest(folder, **facts)
 
 
@@ -146,9 +151,11 @@ def with_column(name, values):
         broken(r"sequences\.parquet lacks.*timestamps", "sequences.parquet", lambda t: t.drop(["timestamps"])),
         broken("names item 'zzz', which is not in", "sequences.parquet", with_column(
             "item_ids", lambda rows: [["zzz", *rows[0][1:]], *rows[1:]])),
-        broken("of user 'u0' are not 0 <= valid < test < length", "sequences.parquet", with_column(
+        broken("of user 'u0' are not 0 <= train_end = valid < test < length", "sequences.parquet", with_column(
             "test_position", lambda rows: [99, *rows[1:]])),
-        broken("are not 0 <= valid", "sequences.parquet", with_column("valid_position", lambda rows: [-1, *rows[1:]])),
+        broken("are not 0 <= train_end", "sequences.parquet", with_column("valid_position", lambda rows: [-2, *rows[1:]])),
+        broken("are not 0 <= train_end = valid", "sequences.parquet", with_column("train_end", lambda rows: [0, *rows[1:]])),
+        broken("user_id must be ascending", "sequences.parquet", with_column("user_id", lambda rows: rows[::-1])),
         broken("differ in length", "sequences.parquet", with_column(
             "timestamps", lambda rows: [rows[0][:-1], *rows[1:]])),
         broken("column user_id has 1 nulls", "sequences.parquet", with_column("user_id", lambda r: [None, *r[1:]])),
@@ -171,8 +178,15 @@ def test_changed_or_missing_file_is_noticed(tmp_path):
     folder = tmp_path / "d"
     save(folder, *random_rows(1))
     items = folder / dataset_lib.ITEMS_FILE
-    items.write_bytes(items.read_bytes() + b" ")
-    with pytest.raises(CalrecError, match=r"items\.parquet is not the file its manifest names"):
+    whole = items.read_bytes()
+    items.write_bytes(whole + b" ")
+    with pytest.raises(CalrecError, match=r"items\.parquet cannot be read as Parquet"):
+        Dataset.load(folder)
+    pq.write_table(pq.read_table(io.BytesIO(whole)), items, compression="none", row_group_size=2)
+    assert Dataset.load(folder).item_ids[0] == "i00"  # other bytes, the same values
+    table = pq.read_table(items)
+    pq.write_table(table.set_column(1, "title", pa.array(["x", *table["title"].to_pylist()[1:]])), items)
+    with pytest.raises(CalrecError, match=r"items\.parquet does not hold what its manifest names"):
         Dataset.load(folder)
     items.unlink()
     with pytest.raises(CalrecError, match=r"items\.parquet is missing.*calrec prepare"):

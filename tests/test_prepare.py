@@ -48,66 +48,12 @@ def reference(log, remove_repeats, min_length):
 
 def interactions(log, stretch=1):
     rows = [
-        {"user_id": user, "item_id": item, "timestamp": time * stretch, "line": line}
+        {"user_id": user, "item_id": item, "timestamp": time * stretch, "line": line, "part": 0}
         for line, (user, item, time) in enumerate(log, 1)
     ]
-    return ibis.memtable(pa.Table.from_pylist(rows, readers.INTERACTIONS_SCHEMA))
-
-
-@given(LOGS, st.booleans(), st.integers(3, 4))
-@settings(deadline=None, max_examples=12)
-def test_rules_and_sequences_equal_the_reference(log, remove_repeats, min_length):
-    table = prepare_lib.drop_duplicates(interactions(log))
-    if remove_repeats:
-        table = prepare_lib.drop_consecutive_repeats(table)
-    table = prepare_lib.drop_short(table, min_length)
-    expected, _ = reference(log, remove_repeats, min_length)
-    rows = {row["user_id"]: row for row in prepare_lib.split_sequences(table).to_pyarrow().to_pylist()}
-    assert rows.keys() == expected.keys()
-    for user, purchases in expected.items():
-        assert rows[user]["item_ids"] == [item for _, _, item in purchases], log
-        assert rows[user]["timestamps"] == [time for time, _, _ in purchases]
-        assert (rows[user]["valid_position"], rows[user]["test_position"]) == (len(purchases) - 2, len(purchases) - 1)
-
-
-@given(LOGS, st.sampled_from([1, 50_000]))
-@settings(deadline=None, max_examples=8)
-def test_statistics_equal_the_reference(log, stretch):
-    users, _ = reference(log, remove_repeats=False, min_length=1)
-    users = {user: [(time * stretch, line, item) for time, line, item in rows] for user, rows in users.items()}
-    stats = prepare_lib.statistics(prepare_lib.drop_duplicates(interactions(log, stretch))).to_pyarrow().to_pylist()[0]
-    lengths = [len(rows) for rows in users.values()]
-    pairs = [pair for rows in users.values() for pair in itertools.pairwise(rows)]
-    last = [pair for rows in users.values() for pair in list(itertools.pairwise(rows))[-1:]]
-    times = [time for rows in users.values() for time, _, _ in rows]
-
-    def is_repeat(rows, i):
-        return rows[i][2] in {item for _, _, item in rows[:i]}
-
-    assert stats == {
-        "users": len(users),
-        "items": len({item for rows in users.values() for _, _, item in rows}),
-        "interactions": sum(lengths),
-        "first_time": min(times),
-        "last_time": max(times),
-        "length_min": min(lengths),
-        "length_median": stdlib_statistics.median(lengths),
-        "length_mean": stdlib_statistics.fmean(lengths),
-        "length_max": max(lengths),
-        "repeats": sum(is_repeat(rows, i) for rows in users.values() for i in range(len(rows))),
-        "consecutive_repeats": sum(first[2] == second[2] for first, second in pairs),
-        "tied": sum(first[0] == second[0] for first, second in pairs),
-        "tied_test_targets": sum(first[0] == second[0] for first, second in last),
-        "same_day_test_targets": sum(first[0] // 86_400 == second[0] // 86_400 for first, second in last),
-        "repeated_test_targets": sum(is_repeat(rows, len(rows) - 1) for rows in users.values()),
-    }, log
-
-
-def test_the_same_expressions_compile_for_spark():
-    table = ibis.table(ibis.Schema.from_pyarrow(readers.INTERACTIONS_SCHEMA), name="interactions")
-    kept = prepare_lib.drop_short(prepare_lib.drop_consecutive_repeats(prepare_lib.drop_duplicates(table)), 3)
-    for expression in (prepare_lib.split_sequences(kept), prepare_lib.statistics(kept)):
-        assert "`interactions`" in ibis.to_sql(expression, dialect="pyspark")
+    types = {"text_hash": pa.int64(), "part": pa.int8(), "timestamp": pa.int64(), "line": pa.int64()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in ("user_id", "item_id", *types)])
+    return ibis.memtable(pa.Table.from_pylist(rows, schema))
 
 
 LOG = [

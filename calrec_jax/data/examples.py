@@ -276,11 +276,8 @@ def _sequences(
     item_base = user_base = position_base = 0
     for group, dataset in enumerate(datasets):
         items.append(dataset.items.astype(np.int64) + item_base)
-        stop = {
-            "train": dataset.valid_position,
-            "validation": dataset.valid_position + 1,
-            "test": dataset.test_position + 1,
-        }[split]
+        # A user without a target of the split has position −1, and so no example.
+        stop = dataset.train_end if split == "train" else dataset.target_positions(split) + 1
         keep = np.flatnonzero(stop >= 2)  # a target needs at least one item before it
         starts.append(dataset.offsets[:-1][keep] + position_base)
         ends.append(dataset.offsets[:-1][keep] + stop[keep] + position_base)

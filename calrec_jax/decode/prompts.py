@@ -23,6 +23,8 @@ _BUCKET = 64  # tokens; beyond 256 a quarter of the power of two above
 class Prompts:
     """Prompts of all U users of a dataset: start INTRO FIRST item NEXT … item NEXT.
 
+    Users without a target of the split have the prompt of an empty history; `decode` leaves them out.
+
     Attributes:
       catalogue: where the tokens come from.
       user_ids: [U] object (str).

@@ -111,7 +111,7 @@ def decode(
     model = Transformer(config, facts["vocab_size"])
     decoder, trie = _decoder(model, params, catalogue, settings)
     writer = Writer(out, request, dataset, tokenizer, given, decoder, trie, seed, batch_users, with_embeddings)
-    users = _chosen(dataset, max_users, seed)
+    users = _chosen(dataset.users_with(split), max_users, seed)
     users = users[given.lengths[users] > 0]
     written = writer.write(users, shard_users)
     if with_embeddings:
@@ -186,10 +186,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise CalrecError(f"decode.seed={seed!r}: must be a whole number from 0 to 2^32 − 1")
 
 
-def _chosen(dataset: Dataset, max_users: int | None, seed: int) -> np.ndarray:
-    """Rows of the users to decode, ascending."""
-    count = len(dataset.user_ids)
-    if max_users is None or max_users >= count:
-        return np.arange(count)
-    permutation = np.random.Generator(np.random.Philox(key=[seed, 1 << 42])).permutation(count)
-    return np.sort(permutation[:max_users])
+def _chosen(users: np.ndarray, max_users: int | None, seed: int) -> np.ndarray:
+    """Rows of the users to decode, ascending, out of those of the split."""
+    if max_users is None or max_users >= len(users):
+        return users
+    permutation = np.random.Generator(np.random.Philox(key=[seed, 1 << 42])).permutation(len(users))
+    return users[np.sort(permutation[:max_users])]

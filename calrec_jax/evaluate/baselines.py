@@ -63,12 +63,12 @@ def baseline_sources(
 
 
 def source_ranks(source: Source, histories: Histories) -> TargetRanks:
-    """Ranks of all users' targets in a source's scores of the whole catalogue, block by block."""
-    num_users = len(histories.targets)
-    ranks = TargetRanks.misses(num_users, histories.num_items)
+    """Ranks of the targets in a source's scores of the whole catalogue, block by block."""
+    everyone = histories.users
+    ranks = TargetRanks.misses(len(histories.targets), histories.num_items)
     block = max(1, _SCORES_A_BLOCK // histories.num_items)
-    for at in range(0, num_users, block):
-        users = np.arange(at, min(at + block, num_users))
+    for at in range(0, len(everyone), block):
+        users = everyone[at : at + block]
         scores = source.scores(users)
         part = target_ranks(histories.targets[users], scores.primary, scores.secondary)
         ranks.n_greater[users] = part.n_greater

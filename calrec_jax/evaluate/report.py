@@ -80,7 +80,7 @@ def write_report(
         "training": [_read_stage(name, Path(path)) for name, path in training.items()],
         "timing": _read_timing(Path(out).parent / "timing.json"),
         "rankings": names,
-        "sample": {"of": len(dataset.user_ids), "seed": seed, "ranking": names[0] if names else None},
+        "sample": {"of": len(dataset.users_with(split)), "seed": seed, "ranking": names[0] if names else None},
         **showcase.show_users(dataset, split, drawn, rankings, completions),
     }
     path = Path(out) / REPORT_FILE

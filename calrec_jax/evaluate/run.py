@@ -120,7 +120,7 @@ def evaluate(
     rows += [_ranking_row(name, folder, manifests[name], dataset, histories) for name, folder in rankings.items()]
     if oracle is not None:
         rows.append(_oracle_row(oracle, dataset, histories, split))
-    metrics, per_user = summarise(rows, settings, dataset)
+    metrics, per_user = summarise(rows, settings, dataset, histories.users)
     metrics["made_from"] = made_from
     out.mkdir(parents=True, exist_ok=True)
     with artifacts.atomic_file(out / "per_user.parquet") as temporary:
@@ -185,7 +185,8 @@ def ranking_ranks(
     longest = 1
     for lists in reader.blocks():
         rows = np.arange(len(lists.users))
-        is_target = lists.items == histories.targets[lists.users][:, None]
+        targets = histories.targets[lists.users][:, None]
+        is_target = (lists.items == targets) & (targets >= 0)  # −1 fills lists up, and is no target
         own = lists.scores[rows, is_target.argmax(axis=1)][:, None]
         last = lists.scores[rows, np.maximum(lists.lengths - 1, 0)]
         equal = (lists.scores == own).sum(axis=1) - 1 + np.where(last == own[:, 0], lists.ties_beyond_depth, 0)
@@ -225,7 +226,7 @@ def _oracle_row(path: pathlib.Path, dataset: Dataset, histories: Histories, spli
     for at in range(0, len(rows), 512):
         users = np.arange(at, min(at + 512, len(rows)))
         probabilities = np.where(columns >= 0, np.asarray(oracle.probabilities)[rows[users]][:, columns], 0.0)
-        part = target_ranks(histories.targets[users], probabilities)
+        part = target_ranks(np.maximum(histories.targets[users], 0), probabilities)  # others are not in the split
         ranks.n_greater[users], ranks.n_equal[users], ranks.found[users] = part.n_greater, part.n_equal, part.found
     return Row(ORACLE, ORACLE, ranks, np.ones(len(rows), bool))
 

@@ -72,10 +72,11 @@ def draw_users(dataset: Dataset, split: str, ranking: Path | None, users: int, s
     Returns:
       Ascending indices of at most `users` users of the dataset.
     """
-    order = np.random.default_rng(seed).permutation(len(dataset.user_ids))
+    there = dataset.users_with(split)
+    order = there[np.random.default_rng(seed).permutation(len(there))]
     if ranking is None:
         return np.sort(order[:users])
-    is_hit = np.zeros(len(order), bool)
+    is_hit = np.zeros(len(dataset.user_ids), bool)
     targets = all_targets(dataset, split)
     for block in RankingReader(ranking, dataset).blocks():
         places = target_places(block, targets[block.users])
@@ -86,9 +87,9 @@ def draw_users(dataset: Dataset, split: str, ranking: Path | None, users: int, s
 
 
 def all_targets(dataset: Dataset, split: str) -> np.ndarray:
-    """Every user's target: [U] item indices."""
-    positions = dataset.test_position if split == "test" else dataset.valid_position
-    return dataset.items[dataset.offsets[:-1] + positions]
+    """Every user's target: [U] item indices, −1 where the user has none."""
+    positions = dataset.target_positions(split)
+    return np.where(positions >= 0, dataset.items[dataset.offsets[:-1] + np.maximum(positions, 0)], -1)
 
 
 class _ItemStore:

@@ -28,13 +28,16 @@ class Row:
     listed: np.ndarray  # [U] bool: who has a list
 
 
-def summarise(rows: Sequence[Row], settings: Mapping[str, Any], dataset: Dataset) -> tuple[dict[str, Any], pa.Table]:
-    """What `metrics.json` and `per_user.parquet` hold, from the ranks of all rows."""
+def summarise(
+    rows: Sequence[Row], settings: Mapping[str, Any], dataset: Dataset, users: np.ndarray
+) -> tuple[dict[str, Any], pa.Table]:
+    """What `metrics.json` and `per_user.parquet` hold, from the ranks of all rows; `users` are those of the split."""
     cutoffs, ndcg_cutoffs, ties = settings["cutoffs"], settings["ndcg_cutoffs"], settings["ties"]
     names = metric_names(cutoffs, ndcg_cutoffs)
-    population = np.ones(len(dataset.user_ids), bool)
+    population = np.zeros(len(dataset.user_ids), bool)
+    population[users] = True
     if settings["users"] == "ranked":
-        population = np.logical_and.reduce([row.listed for row in rows])
+        population = np.logical_and.reduce([population, *(row.listed for row in rows)])
     if not population.any():
         raise CalrecError("no user has a list in every ranking; rank the same users, or set evaluate.users='all'")
     tables = {

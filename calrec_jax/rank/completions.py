@@ -29,14 +29,17 @@ class Completions:
       users: rows of the dataset that have completions, ascending.
     """
 
-    def __init__(self, folder: pathlib.Path, dataset: Dataset, columns: Sequence[str], missing: str = "error"):
+    def __init__(
+        self, folder: pathlib.Path, dataset: Dataset, columns: Sequence[str], missing: str = "error", split: str = "test"
+    ):
         """Reads columns of the shards.
 
         Args:
           folder: of the completions.
           dataset: they were made from.
           columns: to read beside `user_id`.
-          missing: what to do about users without completions: "error" or "skip".
+          missing: what to do about users of the split without completions: "error" or "skip".
+          split: "validation" or "test".
 
         Raises:
           CalrecError: no shards, a column is absent or null, a user is unknown, twice there or (as asked) missing.
@@ -57,10 +60,11 @@ class Completions:
         repeated = np.flatnonzero(self.users[1:] == self.users[:-1])
         if repeated.size:
             raise CalrecError(f"{folder} has user {dataset.user_ids[self.users[repeated[0]]]!r} more than once")
-        absent = np.setdiff1d(np.arange(len(dataset.user_ids)), self.users)
+        wanted = dataset.users_with(split)
+        absent = np.setdiff1d(wanted, self.users)
         if absent.size and missing == "error":
             raise CalrecError(
-                f"{folder} lacks completions of {absent.size} of the {len(dataset.user_ids)} users, user "
+                f"{folder} lacks completions of {absent.size} of the {len(wanted)} users, user "
                 f"{dataset.user_ids[absent[0]]!r} first; decode them, or rank the others alone with missing='skip'"
             )
         self._table = table.take(by).combine_chunks()

@@ -13,12 +13,13 @@ from calrec_jax.errors import CalrecError
 
 
 class Histories:
-    """The histories of all users at a split.
+    """The histories of all users at a split; what is counted over them has those of users without a target, too.
 
     Attributes:
       num_items: I.
+      users: rows of the users who have a target, ascending.
       lengths: [U] int64, purchases in each history (0 is possible).
-      targets: [U] int32, the item to predict.
+      targets: [U] int32, the item to predict; −1: the user has no target in this split.
     """
 
     def __init__(self, dataset: Dataset, split: str):
@@ -26,11 +27,13 @@ class Histories:
         if split not in SPLITS:
             raise CalrecError(f"split is {split!r}: choose one of {list(SPLITS)}")
         self.num_items = len(dataset.item_ids)
-        self.lengths = (dataset.test_position if split == "test" else dataset.valid_position).astype(np.int64)
+        self.users = dataset.users_with(split)
+        self.lengths = dataset.history_lengths(split)
         self._items = dataset.items
         self._begins = dataset.offsets[:-1]
         self._ends = self._begins + self.lengths
-        self.targets = dataset.items[self._ends]
+        self.targets = np.full(len(self.lengths), -1, np.int32)
+        self.targets[self.users] = dataset.items[self._ends[self.users]]
 
     @functools.cached_property
     def _users(self) -> np.ndarray:

@@ -99,10 +99,10 @@ def rank(
     for folder, manifest in inputs.values():
         artifacts.check_files(folder, manifest)
     index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
-    users = np.arange(len(dataset.user_ids))
+    users = histories.users
     if source in FROM_COMPLETIONS:
         assert completions is not None
-        ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing)
+        ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing, split)
     elif source == "fusion":
         weights = [(RankingReader(folders[name], dataset), weight) for name, weight in dict(fuse or {}).items()]
         ranked = sources.Fusion(weights, len(dataset.item_ids))
@@ -196,6 +196,7 @@ def _from_completions(
     epsilon: float,
     score: str,
     missing: str,
+    split: str,
 ) -> tuple[sources.Source, np.ndarray]:
     """A source that reads completions, and the users who have them."""
     columns = {
@@ -203,7 +204,7 @@ def _from_completions(
         "constrained": ("item_ids", "log_probs"),
         "tower": ("user_embedding",),
     }
-    loaded = Completions(folder, dataset, columns[source], missing)
+    loaded = Completions(folder, dataset, columns[source], missing, split)
     made: sources.Source
     if source == "completions":
         made = RoundRobin(index(), loaded.user_texts(score), epsilon)
