@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.11",
     "orjson>=3.10",
     "pyarrow>=17",
+    "requests",
     "rich",
     "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
     "seqio>=0.0.20",

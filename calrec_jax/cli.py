@@ -96,6 +96,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if _hosts(arguments).several:
         _hosts(arguments).join()
 
+    if arguments.verb == "download":
+        return _download(arguments)
     if arguments.verb == "synth":
         return _synth(arguments)
     if arguments.verb == "quickstart":
@@ -123,6 +125,20 @@ def _run(arguments: argparse.Namespace) -> None:
         call = _VERBS[arguments.verb].call
         assert call is not None
         call(line, arguments)
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from calrec_jax.data.download import download
+
+    if not arguments.category:
+        raise CalrecError(f"--category is missing, for example: {_VERBS['download'].example}")
+    download(
+        arguments.data_dir,
+        arguments.layout,
+        arguments.category,
+        subset=arguments.subset,
+        mirrors=arguments.mirror,
+    )
 
 
 def _line(loaded: Config) -> Line:
@@ -224,6 +240,7 @@ class _Verb:
 
 
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"
+_SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _VERBS = {
     "prepare": _Verb(
         _prepare,
@@ -280,6 +297,16 @@ _VERBS = {
         topology={"required": True, "metavar": "NAME", "help": "of the slice, e.g. v5e:16x16, v4:8x8x8, v6e:8x8"},
         num_slices={"type": int, "default": 1, "metavar": "N", "help": "slices joined by the data centre's network"},
         stage={"help": "only this one: stage1 or stage2"},
+    ),
+    "download": _Verb(
+        None,
+        "public sources → raw dumps of Amazon Reviews, resumed and checked",
+        "download --layout=2018 --category=Gift_Cards --data_dir=data",
+        layout={"choices": ("2014", "2018", "2023"), "default": "2018", "help": "the release; default 2018"},
+        category={"action": "append", "default": [], "metavar": "NAME", "help": "repeatable, such as Gift_Cards"},
+        subset={"choices": ("5core", "full", "ratings", "benchmark"), "help": _SUBSET_HELP},
+        data_dir={"default": "data", "metavar": "DIR", "help": "where the files go; default data"},
+        mirror={"action": "append", "metavar": "URL", "help": "in place of the release's own; repeatable"},
     ),
     "synth": _Verb(
         None,

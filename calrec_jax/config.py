@@ -27,6 +27,7 @@ PACKAGED = pathlib.Path(__file__).parent / "gin_configs"
 # verb that needs them; until then their configurables are known by name alone.
 MODULES = (
     "calrec_jax.data.prepare",
+    "calrec_jax.data.own_tables",
     "calrec_jax.data.templates",
     "calrec_jax.data.shop",
     "calrec_jax.tokenizer",

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import os
 import pathlib
 import sys
 import time
@@ -31,7 +32,7 @@ SPLITS = ("validation", "test")
 _FROM_LINE = "the run passes it; set it in run.* instead"
 # What the line passes itself, so that binding it would be ignored.
 _PASSED = {
-    "prepare": ("out", "name", "reviews", "metadata"),
+    "prepare": ("out", "name", "reviews", "metadata", "data_dir"),
     "vocab": ("out", "datasets", "template"),
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
@@ -49,8 +50,9 @@ class Line:
       run_dir: the run folder.
       target: the category to recommend in; stage II and everything after it.
       categories: what stage I and the tokenizer are trained on; the target belongs to them, too, when it is listed.
-      data_dir: folder of the raw dumps; `raw/` of the run folder when None.
-      reviews: file name of a category's reviews in `data_dir`; `{category}` stands for its name.
+      data_dir: folder or URL of the raw dumps; `raw/` of the run folder when None.
+      reviews: file names of a category's reviews in `data_dir`, one or several; `{category}` stands for its name. None:
+        the usual name in `prepare.layout`.
       metadata: the same of its metadata.
       oracle: the same of the synthetic shop's own probabilities; where there is one, the report shows the ceiling.
       stages: training stages in order, each a gin scope of `train`: "stage1" trains on `categories`, "stage2" on
@@ -64,8 +66,8 @@ class Line:
     target: str
     categories: tuple[str, ...] = ()
     data_dir: str | None = None
-    reviews: str = "{category}_5.json.gz"
-    metadata: str = "meta_{category}.json.gz"
+    reviews: str | Sequence[str] | None = None
+    metadata: str | Sequence[str] | None = None
     oracle: str = "oracle_{category}.npz"
     stages: tuple[str, ...] = ("stage1", "stage2")
     decodes: tuple[str, ...] = ("sample",)
@@ -98,8 +100,8 @@ class Line:
         return RunLayout(pathlib.Path(self.run_dir))
 
     @property
-    def _data_dir(self) -> pathlib.Path:
-        return pathlib.Path(self.data_dir).expanduser() if self.data_dir is not None else self.layout.raw
+    def _data_dir(self) -> str:
+        return os.path.expanduser(self.data_dir) if self.data_dir is not None else str(self.layout.raw)
 
     def check(self, config: Config) -> None:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
@@ -116,10 +118,9 @@ class Line:
         from calrec_jax.data.card import summary
         from calrec_jax.data.prepare import prepare
 
-        files = [self._data_dir / pattern.replace("{category}", category) for pattern in (self.reviews, self.metadata)]
         out = self.layout.dataset(category)
         with self.step(f"prepare {category}", out):
-            dataset = prepare(out, name=category, reviews=files[0], metadata=files[1])
+            dataset = prepare(out, name=category, reviews=self.reviews, metadata=self.metadata, data_dir=self._data_dir)
             print(*(f"  {line}" for line in summary(dataset.card)), sep="\n", flush=True)
 
     def vocab(self) -> None:
@@ -179,7 +180,7 @@ class Line:
         rankings = {name: self.layout.ranking(self.split, name) for name in self.rankings}
         out = self.layout.report(self.split)
         # The shop knows the probabilities of the last purchase, which is the test split's target.
-        oracle = self._data_dir / self.oracle.replace("{category}", self.target)
+        oracle = pathlib.Path(self._data_dir, self.oracle.replace("{category}", self.target))
         with self.step(f"evaluate {self.split}", out):
             evaluate(
                 out,

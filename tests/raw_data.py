@@ -21,7 +21,7 @@ class Read:
     metadata: LineCounts
 
 
-def read_files(reviews, metadata, quarantine, share, layout="2018"):
+def read_files(reviews, metadata, quarantine, share, layout="2018", **settings):
     out = quarantine.with_name("staged")
     shutil.rmtree(out, ignore_errors=True)
     raw = readers.read(
@@ -31,6 +31,7 @@ def read_files(reviews, metadata, quarantine, share, layout="2018"):
         layout=layout,
         quarantine=quarantine,
         max_bad_share=share,
+        **settings,
     )
     tables = (pq.read_table(folder) for folder in (raw.interactions, raw.items))
     return Read(raw, *tables, raw.reviews, raw.metadata)

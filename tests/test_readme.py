@@ -1,6 +1,6 @@
 """What README tells a reader to do with their own data: the files as shown there, the run file as shown there."""
 
-import json
+import datetime
 import pathlib
 import re
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from calrec_jax import artifacts, cli
+from calrec_jax.data.dataset import Dataset
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,26 +27,21 @@ def block(begins):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder with what the reader of that page would have: files with the fields shown there, and no others."""
+    """A folder with what the reader of that page would have: files with the columns shown there, and no others."""
     (tmp_path / "data").mkdir()
     rng = np.random.default_rng(0)
-    for line in block("data/").splitlines():
-        name, example = line.split(maxsplit=1)
-        shown = json.loads(example)
-        if "reviewerID" in shown:
-            rows = [
-                {
-                    **shown,
-                    "reviewerID": f"u{user}",
-                    "asin": f"B{item:02}",
-                    "unixReviewTime": shown["unixReviewTime"] + day * 86_400,
-                }
-                for user in range(20)
-                for day, item in enumerate(rng.permutation(30)[:6])
-            ]
-        else:
-            rows = [{**shown, "asin": f"B{item:02}", "title": f"{shown['title']} {item}"} for item in range(30)]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = re.findall(r"^(data/\S+) +(\S.*)\n +(\S.*)$", block("data/"), re.MULTILINE)
+    (purchases, header, row), (products, product_header, product) = shown
+    user, item, time = row.split(",")
+    begin = datetime.datetime.fromisoformat(time)
+    rows = [
+        f"{user}{number},B{bought:02},{(begin + datetime.timedelta(days=day)).isoformat()}"
+        for number in range(20)
+        for day, bought in enumerate(rng.permutation(30)[:6])
+    ]
+    (tmp_path / purchases).write_text("\n".join([header, row, *rows]) + "\n")
+    items = [product.replace(item, f"B{number:02}").replace("red", rng.choice(["red", "blue"])) for number in range(30)]
+    (tmp_path / products).write_text("\n".join([product_header, *items]) + "\n")
     (tmp_path / "toys.gin").write_text(block('include "runs/quickstart.gin"'))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -60,6 +56,9 @@ def test_the_page_about_ones_own_data(reader, capsys):
     run = reader / "runs" / "toys"
     manifest = artifacts.read_manifest(run / "datasets" / "Toys", kind="dataset")
     assert manifest["settings"]["name"] == "Toys"
+    dataset = Dataset.load(run / "datasets" / "Toys")
+    assert re.fullmatch(r"Title: Wooden train, large\. Colour: (red|blue)\. Price: 9\.99\.", dataset.texts[1])
+    assert len(dataset.user_ids) == 20  # the one shown bought once
     assert (run / "datasets" / "Toys" / "data_card.json").exists()
     artifacts.read_manifest(run / "tokenizer", kind="tokenizer")
 

@@ -58,6 +58,11 @@ def test_field_names_and_prefixes_are_those_of_the_text():
     assert template.field_names == ("Brand", "Title")
     assert template.field_prefixes == ("Brand: ", " Title: ")
     assert template.item_text(ITEM) == "Brand: Acme. Title: Steel Wire."
+    own = Template(("name", "shelf_life", "isbnCode"))
+    assert own.field_names == ("Name", "Shelf life", "IsbnCode")
+    assert own.item_text({"name": "Milk", "shelf_life": "6 days"}) == (
+        "Name: Milk. Shelf life: 6 days. IsbnCode: Unknown."
+    )
 
 
 @given(st.fixed_dictionaries(dict.fromkeys(ATTRIBUTES, OPTIONAL_TEXT)), st.permutations(ATTRIBUTES))
@@ -81,7 +86,7 @@ def test_fingerprint_follows_version_and_settings(monkeypatch):
     assert Template().fingerprint != default
 
 
-@pytest.mark.parametrize("attributes", [(), ("title", "colour"), ("title", "title")])
+@pytest.mark.parametrize("attributes", [(), ("title", "a b"), ("title", "title"), ("text",)])
 def test_wrong_attributes_are_named(attributes):
     with pytest.raises(CalrecError, match=r"Template\.attributes.*title.*category.*brand.*price"):
         Template(attributes)

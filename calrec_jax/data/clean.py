@@ -28,6 +28,9 @@ _AMOUNT = r"(?:[$€£¥₹]|[A-Z]{2,3}\$?)?\s?\d[\d,.]*"
 _PRICE = re.compile(rf"{_AMOUNT}(?:\s?[-–]\s?{_AMOUNT})?")
 # "Unknown" stays, and reads as the template writes an absent brand: published baselines index it as a word.
 _NO_BRAND = {"n/a": None, "unknown": "Unknown"}
+_FROM = re.compile(r"from\s+", re.I)  # "from $7.99": the lowest of several offers
+_SCRIPT = "getTime()"
+_AUTHOR_PAGE = re.compile(r"Visit Amazon's (.+) Page")
 _BY_LINE = re.compile(r"\s*by\s*\n\s*")  # "by\n    \n    Microsoft"
 
 
@@ -41,6 +44,11 @@ def clean_text(value: str) -> str | None:
         value = unescaped
     value = _SURROGATE.sub("\ufffd", _CONTROL.sub("", _without_tags(value)))
     return " ".join(value.split()) or None
+
+
+def clean_title(value: str) -> str | None:
+    """A title as `clean_text` leaves it; None for a piece of the page's script, which some dumps hold instead."""
+    return None if _SCRIPT in value else clean_text(value)
 
 
 def _without_tags(value: str) -> str:
@@ -64,10 +72,16 @@ def clean_category(levels: Sequence[str], main: str | None = None) -> str | None
 def clean_brand(value: str) -> str | None:
     """The brand, or None for blanks and words that say that there is none."""
     text = clean_text(_BY_LINE.sub("", value, count=1) if _BY_LINE.match(value) else value)
-    return None if text is None else _NO_BRAND.get(text.casefold(), text)
+    if text is None:
+        return None
+    if author := _AUTHOR_PAGE.fullmatch(text):
+        text = author[1]
+    return _NO_BRAND.get(text.casefold(), text)
 
 
 def clean_price(value: str) -> str | None:
     """A price or a range of prices as written, or None for anything else (style sheets, words)."""
     text = clean_text(value)
+    if text is not None and "." in text:  # not "from 3"
+        text = _FROM.sub("", text, count=1)
     return text if text is not None and _PRICE.fullmatch(text) else None

@@ -59,6 +59,13 @@ def seconds(value: Any, field: str) -> tuple[int, bool]:
     return time, milliseconds
 
 
+def whole_number(value: str) -> int | None:
+    """The whole number that a string of ASCII digits holds, or None; a float written as one (``1.5e9``) is none."""
+    value = value.strip()
+    digits = value.removeprefix("-")
+    return int(value) if digits.isascii() and digits.isdigit() and len(digits) < 40 else None
+
+
 def text_hash(*texts: Any) -> int | None:
     """64 bits of a review's folded words, equal for texts that differ in case, spaces and ASCII punctuation alone.
 

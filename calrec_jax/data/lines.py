@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from calrec_jax.data import quarantine as quarantine_lib
 from calrec_jax.data import sources
-from calrec_jax.data.quarantine import BadLineError, LineCounts, Quarantine
+from calrec_jax.data.quarantine import BadLineError, DroppedLineError, LineCounts, Quarantine
 
 MAX_LINE_BYTES = 8 << 20  # the longest lines of the Amazon dumps' metadata have less than a tenth of it
 _BOM = b"\xef\xbb\xbf"
@@ -84,7 +84,7 @@ def records(
       source: the file.
       counts: of the files of this kind so far, this one last; its lines are counted here, kept ones by the caller.
       bad_lines: gets the lines for which `parse` raises a `BadLineError`, and those that are too long.
-      parse: a line to a row.
+      parse: a line to a row; a `DroppedLineError` counts the line as dropped by that rule.
       max_bytes: longest line.
 
     Raises:
@@ -104,6 +104,9 @@ def records(
                 continue
             try:
                 row = parse(line)
+            except DroppedLineError as dropped:
+                mine.dropped[str(dropped)] += 1
+                continue
             except BadLineError as bad:
                 bad_lines.put(mine, number, line, str(bad))
                 continue

@@ -5,6 +5,7 @@ The readers stage the raw files as Parquet (`readers.py`, kept by `staging.py`);
 `dataset.py` writes the result. Nothing of a category's size is held in Python.
 """
 
+import dataclasses
 import logging
 import re
 import shutil
@@ -43,9 +44,11 @@ def prepare(
     out: str | Path,
     *,
     name: str,
-    reviews: Paths,
-    metadata: Paths,
+    reviews: Paths | None = None,
+    metadata: Paths | None = None,
+    data_dir: str | Path = ".",
     layout: str = "2018",
+    columns: readers.Columns | None = None,
     keep_categories: Sequence[str] = (),
     near_duplicate_days: float | None = None,
     remove_consecutive_repeats: bool = True,
@@ -70,8 +73,11 @@ def prepare(
       out: the folder to make.
       name: of the category; letters, digits, `.`, `_` and `-`.
       reviews: the file of purchases, or several; a folder, a pattern or a URL as `sources.find` takes them.
+        None: what the layout's files of a category are usually named, in `data_dir`.
       metadata: the same of items.
+      data_dir: folder or URL that relative names start from.
       layout: of the files, one of `readers.LAYOUTS`.
+      columns: of the layout "tables"; None: what gin has bound, or the defaults.
       keep_categories: keep the items alone whose category path has one of these levels, as written; empty: all.
       near_duplicate_days: drop a review of the same user, item and text as one at most so many days before; None: none.
       remove_consecutive_repeats: of an item bought several times in a row, keep the first purchase only.
@@ -109,9 +115,17 @@ def prepare(
         "max_bad_share": max_bad_share,
         "keep_unbought_items": keep_unbought_items,
     }
+    reader_settings: dict[str, Any] = {"layout": layout, "attributes": list(template.attributes)}
+    if layout == "tables":
+        reader_settings["columns"] = dataclasses.asdict(columns or readers.Columns())
+        settings |= {"columns": reader_settings["columns"]}
     _check_settings(settings, cache_gib)
     engines.check_engine(engine, memory_limit, threads)
-    files = {"reviews": sources.find(reviews), "metadata": sources.find(metadata)}
+    how = readers.LAYOUTS[layout]
+    files = {
+        "reviews": sources.find(sources.in_folder(data_dir, how.reviews if reviews is None else reviews, name)),
+        "metadata": sources.find(sources.in_folder(data_dir, how.metadata if metadata is None else metadata, name)),
+    }
     made_from = {role: sources.combined_hash(found) for role, found in files.items()}
     with_template = {**made_from, "template": template.fingerprint}
     if artifacts.is_done(out, kind="dataset", made_from=with_template, settings=settings):
@@ -124,7 +138,7 @@ def prepare(
         raw, _reused = staging.read_or_reuse(
             cache if cache_gib else scratch / CACHE,
             files,
-            {"layout": layout, "attributes": list(template.attributes), "max_bad_share": max_bad_share},
+            {**reader_settings, "max_bad_share": max_bad_share},
             quarantine=quarantine,
             limit_bytes=int(cache_gib * 2**30),
         )

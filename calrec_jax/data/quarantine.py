@@ -64,6 +64,10 @@ class BadLineError(Exception):
     """A line that goes to quarantine; the message is the reason."""
 
 
+class DroppedLineError(Exception):
+    """A line that is no record and no mistake; the message is the rule that drops it."""
+
+
 @dataclasses.dataclass
 class Quarantine:
     """Where bad lines go, as JSON lines of file, line, reason and clipped text, and how many may.

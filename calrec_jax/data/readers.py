@@ -11,13 +11,15 @@ and is divided; what is negative or after the year 2100 is quarantined.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from calrec_jax.data import amazon, lines, templates
+from calrec_jax.data import amazon, lines, own_tables, templates
+from calrec_jax.data.own_tables import Columns
 from calrec_jax.data.quarantine import LineCounts, Quarantine
 from calrec_jax.data.sources import Source
 from calrec_jax.errors import CalrecError
@@ -84,32 +86,57 @@ class Layout:
     Attributes:
       reviews: default file name of reviews, ``{category}`` for the category's name.
       metadata: the same of metadata.
-      attributes: names of all attributes that the layout has.
-      read_reviews: (source, counts of the files so far, quarantine) to the usable lines' numbers and interactions.
+      attributes: of its items: those always staged.
+      more_attributes: further ones that a template may name; None: any.
+      read_reviews: (file, counts of the files so far, quarantine, columns) to the usable lines' numbers and
+        interactions.
       read_metadata: the same with attribute names, to the lines' numbers and (item_id, attribute, …).
     """
 
     reviews: str
     metadata: str
     attributes: tuple[str, ...]
-    read_reviews: Callable[[Source, list[LineCounts], Quarantine], Records]
-    read_metadata: Callable[[Source, list[LineCounts], Quarantine, tuple[str, ...]], Records]
+    more_attributes: tuple[str, ...] | None
+    read_reviews: Callable[[Source, list[LineCounts], Quarantine, Columns], Records]
+    read_metadata: Callable[[Source, list[LineCounts], Quarantine, Columns, tuple[str, ...]], Records]
+
+    def all_attributes(self, wanted: Sequence[str]) -> tuple[str, ...]:
+        """What is staged for a template's attributes.
+
+        Raises:
+          CalrecError: if one is none of the layout's.
+        """
+        if self.more_attributes is not None:
+            known = [*self.attributes, *self.more_attributes]
+            if unknown := [name for name in wanted if name not in known]:
+                raise CalrecError(
+                    f"Template.attributes has {unknown}, and the items of this layout have {known} alone."
+                )
+        return tuple(dict.fromkeys([*self.attributes, *wanted]))
 
 
-def _amazon(names: amazon.Fields, reviews: str, metadata: str) -> Layout:
-    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Records:
-        return lines.records(source, counts, bad_lines, amazon.review_parser(names, counts[-1]))
+def _amazon(name: str, reviews: str, metadata: str) -> Layout:
+    release = amazon.RELEASES[name]
+
+    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns) -> Records:
+        return lines.records(source, counts, bad_lines, amazon.review_parser(release, source.name, counts[-1]))
 
     def read_metadata(
-        source: Source, counts: list[LineCounts], bad_lines: Quarantine, attributes: tuple[str, ...]
+        source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, attributes: tuple[str, ...]
     ) -> Records:
-        return lines.records(source, counts, bad_lines, amazon.item_parser(names, attributes, counts[-1]))
+        return lines.records(source, counts, bad_lines, amazon.item_parser(release, attributes, counts[-1]))
 
-    return Layout(reviews, metadata, tuple(amazon.ATTRIBUTES), read_reviews, read_metadata)
+    more = tuple(name for name in amazon.ATTRIBUTES if name not in templates.ATTRIBUTES)
+    return Layout(reviews, metadata, templates.ATTRIBUTES, more, read_reviews, read_metadata)
 
 
 LAYOUTS: dict[str, Layout] = {
-    "2018": _amazon(amazon.FIELDS_2018, "{category}_5.json.gz", "meta_{category}.json.gz"),
+    "2014": _amazon("2014", "reviews_{category}_5.json.gz", "meta_{category}.json.gz"),
+    "2018": _amazon("2018", "{category}_5.json.gz", "meta_{category}.json.gz"),
+    "2023": _amazon("2023", "{category}.jsonl.gz", "meta_{category}.jsonl.gz"),
+    "tables": Layout(
+        "{category}_purchases.*", "{category}_items.*", (), None, own_tables.read_purchases, own_tables.read_items
+    ),
 }
 
 
@@ -125,6 +152,7 @@ def read(
     *,
     layout: str = "2018",
     attributes: Sequence[str] = templates.ATTRIBUTES,
+    columns: Columns | Mapping[str, Any] | None = None,
     quarantine: str | Path,
     max_bad_share: float = 0.01,
 ) -> RawCategory:
@@ -135,7 +163,8 @@ def read(
       reviews: files of purchases, as `sources.find` gives them.
       metadata: files of items.
       layout: one of `LAYOUTS`.
-      attributes: the template's; the layout's own four are staged besides.
+      attributes: the template's; the four of the Amazon layouts are staged whatever it names.
+      columns: of the layout "tables", also as a dict of its fields; None: what gin has bound.
       quarantine: file to write bad lines to, as JSON lines of file, line, reason, text.
       max_bad_share: largest share of the lines of either kind of files, in [0, 1], that may be quarantined.
 
@@ -144,18 +173,17 @@ def read(
         or too many bad ones.
     """
     out, how = Path(out), LAYOUTS[layout]
-    names = tuple(dict.fromkeys([*templates.ATTRIBUTES, *attributes]))
-    unknown = [name for name in names if name not in how.attributes]
-    if unknown:
-        raise CalrecError(
-            f"Template.attributes has {unknown}, which the layout {layout!r} does not; it has {list(how.attributes)}."
-        )
+    names = how.all_attributes(attributes)
+    mapped = columns if isinstance(columns, Columns) else Columns(**(columns or {}))
+
+    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Records:
+        return how.read_reviews(source, counts, bad_lines, mapped)
 
     def read_metadata(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Records:
-        return how.read_metadata(source, counts, bad_lines, names)
+        return how.read_metadata(source, counts, bad_lines, mapped, names)
 
     with Quarantine.opened(Path(quarantine), max_bad_share) as bad_lines:
-        review_counts = _stage(out / INTERACTIONS_FOLDER, INTERACTIONS_SCHEMA, reviews, how.read_reviews, bad_lines)
+        review_counts = _stage(out / INTERACTIONS_FOLDER, INTERACTIONS_SCHEMA, reviews, read_reviews, bad_lines)
         metadata_counts = _stage(out / ITEMS_FOLDER, items_schema(names), metadata, read_metadata, bad_lines)
     return RawCategory(
         out / INTERACTIONS_FOLDER,

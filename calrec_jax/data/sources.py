@@ -50,7 +50,7 @@ def find(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[Source
 
     Args:
       paths: one or several of: a file; a folder, which stands for its files by name (hidden ones, those that begin
-        with ``_``, empty ones and `calrec download`'s sidecars left out); a pattern with ``*``, ``?`` or ``[…]``; any
+        with ``_``, empty ones and `calrec download`'s own left out); a pattern with ``*``, ``?`` or ``[…]``; any
         of them as a URL.
 
     Raises:
@@ -67,9 +67,24 @@ def find(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[Source
     return tuple(_source(file) for file in found)
 
 
+def in_folder(
+    folder: str | os.PathLike, names: str | os.PathLike | Sequence[str | os.PathLike], category: str
+) -> list[str]:
+    """Paths of files named relative to a folder, or a URL; ``{category}`` in a name stands for the category's."""
+    given = [names] if isinstance(names, str | os.PathLike) else list(names)
+    filled = [os.fspath(name).replace("{category}", category) for name in given]
+    begin = os.fspath(folder)
+    return [
+        name if is_url(name) else f"{begin.rstrip('/')}/{name}" if is_url(begin) else os.path.join(begin, name)
+        for name in filled
+    ]
+
+
 def combined_hash(sources: Sequence[Source]) -> str:
-    """What names the contents of several files in their order: the file's own sha256 where there is one."""
-    return sources[0].sha256 if len(sources) == 1 else artifacts.hash_json([source.sha256 for source in sources])
+    """What names the contents of several files, by name and in their order; of one file its own sha256."""
+    if len(sources) == 1:
+        return sources[0].sha256
+    return artifacts.hash_json([[source.name, source.sha256] for source in sources])
 
 
 def blocks(source: Source, size: int = _BLOCK) -> Iterator[bytes]:
@@ -192,7 +207,7 @@ def _expand_url(path: str) -> list[str]:
 
 
 def _is_data(name: str) -> bool:
-    return not name.startswith((".", "_")) and not name.endswith(SIDECAR_SUFFIX)
+    return not name.startswith((".", "_")) and not name.endswith((SIDECAR_SUFFIX, ".part", ".part.json"))
 
 
 def _near(path: Path) -> str:

@@ -46,7 +46,8 @@ def read_or_reuse(
     Raises:
       CalrecError: as `readers.read`.
     """
-    made_from = {role: [source.sha256 for source in found] for role, found in files.items()}
+    # A name says the format of a table, and the official split of a benchmark's file.
+    made_from = {role: [[source.name, source.sha256] for source in found] for role, found in files.items()}
     request = {"made_from": made_from, "settings": dict(settings), "version": __version__}
     entry = cache / artifacts.hash_json(request)
     reused = _is_whole(entry)

@@ -12,6 +12,7 @@ datasets carry the template's fingerprint and refuse one another when it differs
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 import gin
@@ -25,7 +26,9 @@ FIRST = "The first item bought is as follows.\n"
 NEXT = "\nThe next item bought is as follows.\n"
 UNKNOWN = "Unknown"
 
-ATTRIBUTES = ("title", "category", "brand", "price")
+ATTRIBUTES = ("title", "category", "brand", "price")  # the paper's
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_TAKEN = ("item_id", "text", "line")
 
 
 def _fold(value: str | None) -> str:
@@ -40,20 +43,22 @@ class Template:
     """How an item and a history of purchases are written.
 
     Attributes:
-      attributes: names out of ``ATTRIBUTES``, in the order they are written.
+      attributes: an item's attributes in the order in which they are written; each needs a column of that name in the
+        items. Letters, digits and underscores, a letter first; ``item_id`` and ``text`` are taken.
 
     Raises:
-      CalrecError: if ``attributes`` is empty, repeats a name or has an unknown one.
+      CalrecError: if ``attributes`` is empty, or a name is none, taken, or given twice.
     """
 
     attributes: tuple[str, ...] = ATTRIBUTES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attributes", tuple(self.attributes))  # gin gives lists
-        unknown = [name for name in self.attributes if name not in ATTRIBUTES]
-        if unknown or not self.attributes or len(set(self.attributes)) != len(self.attributes):
+        wrong = [name for name in self.attributes if not _NAME.fullmatch(name) or name in _TAKEN]
+        if wrong or not self.attributes or len({name.lower() for name in self.attributes}) != len(self.attributes):
             raise CalrecError(
-                f"Template.attributes is {list(self.attributes)}: name at least one of {list(ATTRIBUTES)}, each once."
+                f"Template.attributes is {list(self.attributes)}: name at least one, each once, of letters, digits and "
+                f"underscores, not {' or '.join(_TAKEN)}; the paper's are {list(ATTRIBUTES)}."
             )
 
     @property
@@ -64,8 +69,8 @@ class Template:
 
     @property
     def field_names(self) -> tuple[str, ...]:
-        """The words before the colons (``Title``, …). BM25 leaves them out of its index."""
-        return tuple(name.capitalize() for name in self.attributes)
+        """The words before the colons: ``Title``, ``Shelf life`` of ``shelf_life``. BM25's index has none of them."""
+        return tuple(name[0].upper() + name[1:].replace("_", " ") for name in self.attributes)
 
     @property
     def field_prefixes(self) -> tuple[str, ...]:

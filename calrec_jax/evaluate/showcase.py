@@ -103,9 +103,18 @@ class _ItemStore:
         return self._numbers.setdefault(int(item), len(self._numbers))
 
     def rows(self) -> list[list[str | None]]:
-        """[title, brand, category, price, item_id] of each, in the order of their numbers."""
+        """[title, brand, category, price, item_id] of each, in the order of their numbers.
+
+        Of items with other attributes, the first stands for the title, and the next three that are left fill the gaps.
+        """
         attributes = self._dataset.attributes
-        columns = [attributes[name] for name in ("title", "brand", "category", "price")]
+        shown: list[str | None] = [
+            name if name in attributes else None for name in ("title", "brand", "category", "price")
+        ]
+        others = iter([name for name in attributes if name not in shown])
+        shown = [name if name is not None else next(others, None) for name in shown]
+        nothing = [None] * len(self._dataset.item_ids)
+        columns = [attributes[name] if name is not None else nothing for name in shown]
         return [
             [*(_cut(column[item], TITLE_CAP) for column in columns), str(self._dataset.item_ids[item])]
             for item in self._numbers

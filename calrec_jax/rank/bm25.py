@@ -43,7 +43,8 @@ class BM25Tokenizer:
       normalization: "nfkc" (compatibility forms folded, trade marks dropped, case folded) or "lower" (lower case
         only, the tokenization of published baselines).
       strip_accents: whether combining marks are removed (café → cafe).
-      fields: the template's field words; each is dropped once, where it opens a sentence and a colon follows.
+      fields: the template's field words, those of `Template()` when None; each is dropped once, where it opens a
+        sentence and a colon follows.
       absent: the template's word for an absent value, dropped where it is a field's whole value.
 
     Raises:
@@ -52,11 +53,12 @@ class BM25Tokenizer:
 
     normalization: str = "nfkc"
     strip_accents: bool = False
-    fields: tuple[str, ...] = templates.Template().field_names
+    fields: tuple[str, ...] | None = None
     absent: str = templates.UNKNOWN
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fields", tuple(self.fields))  # gin and JSON give lists
+        fields = templates.Template().field_names if self.fields is None else self.fields
+        object.__setattr__(self, "fields", tuple(fields))  # gin and JSON give lists
         if self.normalization not in NORMALIZATIONS:
             raise CalrecError(
                 f"BM25Tokenizer.normalization is {self.normalization!r}: choose one of {list(NORMALIZATIONS)}"
@@ -64,7 +66,7 @@ class BM25Tokenizer:
 
     @functools.cached_property
     def _field(self) -> re.Pattern[str]:
-        names = "|".join(map(re.escape, self.fields)) or r"(?!)"
+        names = "|".join(map(re.escape, self.fields or ())) or r"(?!)"
         whole_value = rf"(?:{re.escape(self.absent)}(?=\.(?: (?:{names}):|\s*$)))?" if self.absent else ""
         return re.compile(rf"(?:^\s*|(?<=\. ))(?P<name>{names}): {whole_value}")
 
