@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from calrec_jax import artifacts, config
 
+    if arguments.verb == "compare":
+        _compare(arguments)
+        return
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -135,8 +138,27 @@ def _rank(line: Line, arguments: argparse.Namespace) -> None:
 def _evaluate(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.pipeline import print_summary
 
+    if arguments.rankings:
+        if arguments.split is None:
+            raise CalrecError("--rankings: say which split the files rank for, by --split=validation or --split=test")
+        line.evaluate_files(arguments.rankings)
+        return
     line.evaluate()
     print_summary(line.layout, line.split)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    import pathlib
+
+    from calrec_jax import artifacts
+    from calrec_jax.evaluate import compare
+
+    groups = compare.parse_groups(arguments.runs)
+    out = pathlib.Path(arguments.out).expanduser()
+    with artifacts.disk_errors(out):
+        found = compare.compare(groups, out, split=arguments.split or "test")
+    compare.print_comparison(found)
+    print(f"Made:\n  {out / 'compare.html'}\n  {out / 'compare.json'}")
 
 
 def _eval_tasks(line: Line, arguments: argparse.Namespace) -> None:
@@ -163,6 +185,10 @@ def _say_next(line: Line, arguments: argparse.Namespace) -> None:
         print(
             f"  {shlex.join(['calrec', 'run', *files, *bindings, f'--run_dir={line.run_dir}', '--split=validation'])}"
         )
+
+
+def _no_line(line: Line, arguments: argparse.Namespace) -> None:
+    raise AssertionError("this verb reads no gin file")
 
 
 class _Verb:
@@ -199,7 +225,25 @@ _VERBS = {
         name={"help": "only this one of run.rankings"},
         split=_SPLIT,
     ),
-    "evaluate": _Verb(_evaluate, "rankings → metrics and a report", f"evaluate {_RUN}", split=_SPLIT),
+    "evaluate": _Verb(
+        _evaluate,
+        "rankings → metrics and a report",
+        f"evaluate {_RUN} --rankings=theirs.jsonl --split=test",
+        rankings={
+            "action": "append",
+            "default": [],
+            "metavar": "[NAME=]FILE",
+            "help": "a ranking made by others (Parquet, JSONL or TREC run), beside the run's; repeatable, needs --split",
+        },
+        split=_SPLIT,
+    ),
+    "compare": _Verb(
+        _no_line,
+        "reports of several runs → paired differences, one page",
+        "compare small=runs/s0,runs/s1,runs/s2 large=runs/l0,runs/l1,runs/l2",
+        out={"default": "compare", "metavar": "DIR", "help": "folder of compare.html and compare.json (compare)"},
+        split={**_SPLIT, "help": "whose reports are compared (test)"},
+    ),
     "eval_tasks": _Verb(
         _eval_tasks,
         "a SeqIO task or mixture → metrics",
@@ -244,15 +288,22 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        one.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
-        one.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
-        one.add_argument(
-            "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
-        )
-        one.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
+        if name == "compare":
+            one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or NAME=RUN,RUN,… for several seeds")
+        else:
+            _add_gin_flags(one)
         for option, settings in verb.options.items():
             one.add_argument(f"--{option}", **settings)
     return parser
+
+
+def _add_gin_flags(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--gin_file", action="append", default=[], metavar="FILE", help=_GIN_FILE_HELP)
+    one.add_argument("--gin.NAME", dest="_", metavar="VALUE", help="sets a macro or a binding; repeatable")
+    one.add_argument(
+        "--gin_search_paths", type=_folders, default=[], metavar="DIR,…", help="where gin files are sought first"
+    )
+    one.add_argument("--run_dir", metavar="DIR", help="the run folder: shorthand for --gin.RUN_DIR")
 
 
 _GIN_FILE_HELP = "repeatable, later files override; also one of the packaged files, such as runs/quickstart.gin"

@@ -36,7 +36,7 @@ _PASSED = {
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
     "rank": ("out", "dataset", "completions", "split"),
-    "evaluate": ("out", "dataset", "rankings", "split", "oracle"),
+    "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
 }
 
 
@@ -186,6 +186,25 @@ class Line:
                 split=self.split,
                 oracle=oracle if self.split == "test" and oracle.exists() else None,
             )
+
+    def evaluate_files(self, arguments: Sequence[str]) -> None:
+        """Scores rankings made by others, `FILE` or `NAME=FILE`, beside those of the run that are there.
+
+        The report is in `report-<names>` (with the split before the names where that is not test).
+        """
+        from calrec_jax.evaluate import foreign
+        from calrec_jax.evaluate.run import evaluate
+
+        files = foreign.parse_names(arguments)
+        own = {name: self.layout.ranking(self.split, name) for name in self.rankings}
+        made = {name: folder for name, folder in own.items() if (folder / artifacts.MANIFEST).exists()}
+        if len(made) < len(own):
+            print(f"calrec: not made yet, and left out: {', '.join(name for name in own if name not in made)}")
+        out = self.layout.report(self.split)
+        out = out.with_name("-".join([out.name, *files]))
+        with self.step(f"evaluate {self.split} {' '.join(files)}", out):
+            evaluate(out, self._dataset(self.target), made, split=self.split, files=files, run_dir=self.layout.root)
+        print(f"Made:\n  {out / 'report.html'}")
 
     def eval_tasks(self, name: str | None = None) -> None:
         """Evaluates SeqIO tasks as the ranking `name` does it; None is the first one that ranks completions.

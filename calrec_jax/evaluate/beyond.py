@@ -4,8 +4,8 @@ All are over the first k items of the lists of users who have one; tied items st
 
 - coverage: share of the catalogue that stands in at least one list (M. Ge et al., RecSys 2010: catalogue coverage).
 - popularity: mean of how often a listed item was bought in training (average recommendation popularity, H. Yin et al.,
-  Challenging the long tail recommendation, VLDB 2012), and its ratio to the same mean over the histories' items
-  (popularity lift, H. Abdollahpouri et al., 2020): above 1 the lists are more popular than what users buy.
+  Challenging the long tail recommendation, VLDB 2012), and its ratio to the same mean over the training
+  purchases (popularity lift, H. Abdollahpouri et al., 2020): above 1 the lists are more popular than what users buy.
 - novelty: mean of −log2(n_i / U), n_i the users who bought item i in training, at least 1, U all users (mean inverse
   user frequency: T. Zhou et al., PNAS 2010; P. Castells et al., 2011).
 - diversity: mean over pairs of a list's items of 1 − J, J the Jaccard index of the words of their texts (intra-list
@@ -19,7 +19,7 @@ import numpy as np
 from calrec_jax.compiled import compiled
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.evaluate.places import Places, top_of
-from calrec_jax.evaluate.slices import training_counts
+from calrec_jax.evaluate.slices import training_purchases
 from calrec_jax.rank.bm25 import BM25Tokenizer
 
 
@@ -33,13 +33,10 @@ class Catalogue:
 
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
-        self.counts = training_counts(dataset)
-        lengths = dataset.valid_position.astype(np.int64)
-        buyers = np.repeat(np.arange(len(lengths)), lengths)
-        begins = dataset.offsets[:-1]
-        flat = np.arange(lengths.sum()) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
         num_items = len(dataset.item_ids)
-        pairs = np.unique(buyers * num_items + dataset.items[flat])
+        buyers, items = training_purchases(dataset)
+        self.counts = np.bincount(items, minlength=num_items)
+        pairs = np.unique(buyers * num_items + items)
         self.users = np.bincount(pairs % num_items, minlength=num_items)
 
     @functools.cached_property

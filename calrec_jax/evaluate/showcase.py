@@ -117,7 +117,8 @@ class _Store:
 
 def _item_rows(dataset: Dataset, items: list[int]) -> list[list[str | None]]:
     """[title, brand, category, price, item_id] of each; an item that is not in the catalogue (−2) has none of them."""
-    columns = [dataset.attributes[name] for name in ("title", "brand", "category", "price")]
+    absent = [None] * len(dataset.item_ids)  # one's own tables need not have all of them
+    columns = [dataset.attributes.get(name, absent) for name in ("title", "brand", "category", "price")]
     return [
         [*(_cut(column[item], TITLE_CAP) for column in columns), str(dataset.item_ids[item])]
         if item >= 0

@@ -33,12 +33,12 @@ class Slice:
     groups: dict[str, np.ndarray]
 
 
-def training_counts(dataset: Dataset) -> np.ndarray:
-    """[I] int64: how often each item was bought in what training sees."""
-    lengths = dataset.valid_position.astype(np.int64)
-    begins = dataset.offsets[:-1]
-    flat = np.arange(lengths.sum()) + np.repeat(begins - (np.cumsum(lengths) - lengths), lengths)
-    return np.bincount(dataset.items[flat], minlength=len(dataset.item_ids))
+def training_purchases(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of every purchase that training sees: two flat arrays."""
+    lengths = np.maximum(dataset.valid_position.astype(np.int64), 0)
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return users, dataset.items[dataset.offsets[:-1][users] + places]
 
 
 def head_items(counts: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ def head_items(counts: np.ndarray) -> np.ndarray:
 
 def make_slices(targets: Targets) -> list[Slice]:
     """All slices of the evaluated users; the groups of each are disjoint and cover everybody."""
-    counts = training_counts(targets.dataset)
+    counts = np.bincount(training_purchases(targets.dataset)[1], minlength=targets.num_items)
     return [
         _by_length(targets.histories.lengths[targets.users]),
         _by_frequency(counts, targets.items),
@@ -96,7 +96,7 @@ def _by_frequency(counts: np.ndarray, items: np.ndarray) -> Slice:
 
 
 def _by_category(targets: Targets) -> Slice:
-    column = targets.dataset.attributes["category"]
+    column = targets.dataset.attributes.get("category", [None] * targets.num_items)
     own = np.array([column[item] or "" for item in targets.items], object)
     names, sizes = np.unique(own[own != ""], return_counts=True)
     largest = names[np.lexsort((names.astype(str), -sizes))][:CATEGORIES]

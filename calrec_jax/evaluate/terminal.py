@@ -33,12 +33,15 @@ def print_table(metrics: Mapping[str, Any]) -> None:
 
     names = list(metrics["rows"][0]["metrics"])
     main = headline(names)
+    console = rich.console.Console()
     shown = [name for name in names if not name.startswith("ndcg@") or name == main]
+    if console.width < 90:  # the column without history must be seen
+        shown = [name for name in shown if name != "recall@5"]
     cut = f", lists of {metrics['depth']:,}" if metrics["depth"] < metrics["items"] else ""
     table = rich.table.Table(
         title=f"{metrics['dataset']}, {metrics['split']}: {metrics['users']:,} users, {metrics['items']:,} items{cut}; "
         f"ties: {metrics['ties']}",
-        caption=f"without history: {label(main, 1, 1)} with the history left out of the list; a target bought before "
+        caption=f"−hist.: {label(main, 1, 1)} with the history left out of the list; a target bought before "
         f"({metrics['targets_in_history']:,} users) is a miss there",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -48,7 +51,7 @@ def print_table(metrics: Mapping[str, Any]) -> None:
         table.add_column(label(name, metrics["depth"], metrics["items"]), justify="right", no_wrap=True)
         if name == main:
             table.add_column(f"{metrics['bootstrap']['level']:.0%} interval", no_wrap=True)
-    table.add_column("without history", justify="right")
+    table.add_column("−hist.", justify="right", no_wrap=True)
     for row in metrics["rows"]:
         cells = []
         for name in shown:
@@ -57,7 +60,6 @@ def print_table(metrics: Mapping[str, Any]) -> None:
                 cells.append("–".join(number(bound) for bound in row["interval"][name]))
         cells.append(number(row["views"]["history_left_out"]["metrics"][main]))
         table.add_row(row["name"], *cells, style=STYLES.get(row["kind"]))
-    console = rich.console.Console()
     console.print(table)
     for line in verdicts(metrics):
         console.print(line, highlight=False)

@@ -70,6 +70,30 @@ function barPlot(container, bars, description) {
   });
 }
 
+// groups: [{name, note, bars}], a small plot for each, on one scale.
+function groupedBars(container, groups, description) {
+  const highest = Math.max(1e-9, ...groups.flatMap((group) => group.bars.map((bar) => Math.max(bar.value, bar.interval ? bar.interval[1] : 0))));
+  const legend = html("ul", { class: "legend" }, (groups[0] ? groups[0].bars : []).map((bar) => html("li", {}, html("i", { class: "swatch", colour: bar.colour, "aria-hidden": "true" }), bar.name)));
+  const grid = html("div", { class: "slice-grid" }, groups.map((group) => {
+    const holder = html("div");
+    drawn(holder, (width) => {
+      const pitch = 13;
+      const x = (value) => 2 + ((width - 52) * value) / highest;
+      const picture = svg("svg", { viewBox: `0 0 ${width} ${group.bars.length * pitch + 4}`, height: group.bars.length * pitch + 4, role: "img",
+        "aria-label": `${description}, ${group.name}: ` + group.bars.map((bar) => `${bar.name} ${metric(bar.value)}`).join(", ") });
+      group.bars.forEach((bar, row) => {
+        const middle = row * pitch + pitch / 2 + 2;
+        picture.append(svg("rect", { class: "bar", colour: bar.colour, x: x(0), y: middle - 4, width: Math.max(0.5, x(bar.value) - x(0)), height: 8, rx: 1 }, svg("title", {}, `${bar.name} ${metric(bar.value)}`)));
+        if (bar.interval) picture.append(svg("path", { class: "whisker", d: `M${x(bar.interval[0])} ${middle}H${x(bar.interval[1])}` }));
+        picture.append(svg("text", { class: bar.strong ? "strong" : null, x: width, y: middle + 4, "text-anchor": "end" }, metric(bar.value)));
+      });
+      holder.replaceChildren(picture);
+    });
+    return html("figure", {}, html("h4", {}, group.name), html("p", { class: "note" }, group.note), holder);
+  }));
+  container.append(legend, grid);
+}
+
 function lineSwatch(series) {
   return svg("svg", { viewBox: "0 0 20 10", "aria-hidden": "true" },
     svg("path", { class: `series ${series.kind || ""}`, colour: series.colour, "stroke-dasharray": series.dash, d: "M1 5H19" }));
