@@ -233,7 +233,7 @@ _VERBS = {
             "action": "append",
             "default": [],
             "metavar": "[NAME=]FILE",
-            "help": "a ranking made by others (Parquet, JSONL or TREC run), beside the run's; repeatable, needs --split",
+            "help": "a ranking made by others (Parquet, JSONL, TREC run), beside the run's; repeatable, needs --split",
         },
         split=_SPLIT,
     ),

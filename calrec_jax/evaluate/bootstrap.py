@@ -1,10 +1,11 @@
 """Uncertainty over users: bootstrap intervals, paired sign-flip tests, Holm's correction.
 
 Notable: a metric takes few distinct values, so a resample of users is a multinomial draw of how often each value
-occurs, exactly what drawing users one by one would give; the cost follows the number of distinct values and not that of
-users (`benchmarks/evaluate.py`). Users are what is drawn: several rows of one user are added up first and stay together.
-Where a metric has more than `MOST_DISTINCT` values (MRR over a large catalogue), values are grouped into as many bins of
-equal width, each replaced by its mean: means stay exact, and standard errors lose less than one part in a thousand.
+occurs, exactly what drawing users one by one would give; the cost follows the number of distinct values and not that
+of users (`benchmarks/evaluate.py`). Users are what is drawn: several rows of one user are added up first and stay
+together. Where a metric has more than `MOST_DISTINCT` values (MRR over a large catalogue), values are grouped into as
+many bins of equal width, each replaced by its mean: means stay exact, and standard errors of the ranking metrics lose
+less than one part in a thousand.
 
 Sources: B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993 (percentile intervals); M. Smucker, J. Allan,
 B. Carterette, A comparison of statistical significance tests for information retrieval evaluation, CIKM 2007 (paired
@@ -166,10 +167,10 @@ def sign_flip_p(differences: np.ndarray, *, resamples: int = RESAMPLES, seed: in
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm's step-down adjustment of p-values: [K] float64, each at least its p-value and at most 1."""
-    p_values = np.asarray(p_values, np.float64)
-    by = np.argsort(p_values, kind="stable")
-    steps = np.maximum.accumulate(p_values[by] * np.arange(len(by), 0, -1))
-    adjusted = np.empty_like(p_values)
+    values = np.asarray(p_values, np.float64)
+    by = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[by] * np.arange(len(by), 0, -1))
+    adjusted = np.empty_like(values)
     adjusted[by] = np.minimum(steps, 1.0)
     return adjusted
 
@@ -218,6 +219,6 @@ def paired(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     by_user = difference
     if users is not None:
-        by_user = np.bincount(np.unique(users, return_inverse=True)[1], difference)
+        by_user = np.asarray(np.bincount(np.unique(users, return_inverse=True)[1], difference), np.float64)
     p = sign_flip_p(by_user, resamples=resamples, seed=seed)
     return Paired(float(difference.mean()), (float(low), float(high)), p)

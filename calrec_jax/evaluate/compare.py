@@ -1,7 +1,8 @@
 """The verb `compare`: the reports of several runs side by side, paired by user.
 
-A run is named `RUN`, or `NAME=RUN,RUN,…` for one configuration run with several seeds: the group's numbers are then the
-mean and the standard deviation over its runs, and a user's rows of all its runs stay together in every resample and test.
+A run is named `RUN`, or `NAME=RUN,RUN,…` for one configuration run with several seeds: the group's numbers are then
+the mean and the standard deviation over its runs, and a user's rows of all its runs stay together in every resample
+and test.
 
 Notable: runs are compared only where every user, target and setting of the metrics is the same; what differs is named.
 The first group is the reference; each ranking of the others is compared with the ranking of the same name in it, or,
@@ -111,8 +112,8 @@ def compare(
       What `compare.json` holds.
 
     Raises:
-      CalrecError: a run has no report, a report's files were changed, or the reports are not of the same dataset, split,
-        users and settings.
+      CalrecError: a run has no report, a report's files were changed, or the reports are not of the same dataset,
+        split, users and settings.
     """
     from calrec_jax.evaluate.report import render_page, write_page
 
@@ -173,7 +174,8 @@ def _check_same(reports: Sequence[Report]) -> None:
         ours, theirs = (report.metrics["made_from"]["dataset"] for report in (first, other))
         if ours != theirs:
             wrong.append(
-                f"their datasets differ ({first.metrics['dataset']} {ours[:8]}, {other.metrics['dataset']} {theirs[:8]})"
+                f"their datasets differ ({first.metrics['dataset']} {ours[:8]} and "
+                f"{other.metrics['dataset']} {theirs[:8]})"
             )
         for name in _SAME_SETTINGS:
             if first.settings.get(name) != other.settings.get(name):
@@ -182,7 +184,8 @@ def _check_same(reports: Sequence[Report]) -> None:
             wrong.append(f"they evaluate different users ({len(first.users):,} and {len(other.users):,})")
         if wrong:
             raise CalrecError(
-                f"{first.run} and {other.run} cannot be compared: {'; '.join(wrong)}; evaluate both alike, from one dataset"
+                f"{first.run} and {other.run} cannot be compared: {'; '.join(wrong)}; "
+                "evaluate both alike, from one dataset"
             )
 
 
@@ -237,11 +240,18 @@ def _baselines(groups: Sequence[Group], names: list[str]) -> list[dict[str, Any]
         for report in group.reports:
             for row in report.metrics["rows"]:
                 own = kept.setdefault(row["name"], [])
-                if row["kind"] in ("baseline", "oracle") and all(row["metrics"] != there["metrics"] for _, there in own):
+                if row["kind"] in ("baseline", "oracle") and all(
+                    row["metrics"] != there["metrics"] for _, there in own
+                ):
                     own.append((report.run, row))
     shown = ("kind", "metrics", "interval", "views")
     return [
-        {"name": name if len(own) == 1 else f"{name} ({run})", **{key: row[key] for key in shown}, "seeds": 1, "deviation": None}
+        {
+            "name": name if len(own) == 1 else f"{name} ({run})",
+            **{key: row[key] for key in shown},
+            "seeds": 1,
+            "deviation": None,
+        }
         for name, own in kept.items()
         for run, row in own
     ]  # fmt: skip
@@ -270,7 +280,7 @@ def _comparisons(groups: Sequence[Group], names: list[str], draws: dict[str, Any
 
 
 def _paired(group: Group, a: str, reference: Group, b: str, column: int, draws: dict[str, Any]) -> bootstrap.Paired:
-    """By user: each one's mean over the runs of either group. So numbers of seeds may differ, and users are independent."""
+    """By user: each one's mean over the runs of either group, so that the numbers of seeds may differ."""
     means = [
         np.mean([report.values[name][:, column] for report in side.reports], axis=0)
         for side, name in ((group, a), (reference, b))
@@ -279,7 +289,7 @@ def _paired(group: Group, a: str, reference: Group, b: str, column: int, draws: 
 
 
 def _config_differences(one: Report, other: Report) -> list[str]:
-    """Lines of the operative configs that differ, − the first's, + the other's; run folders and seeds are shown, too."""
+    """Lines of the operative configs that differ, − the first's, + the other's; folders and seeds, too."""
     lines = [line for line in difflib.unified_diff(one.config, other.config, lineterm="", n=0)
              if line[:1] in "+-" and line[:3] not in ("+++", "---")]  # fmt: skip
     return lines[:_MOST_LINES] + ([f"… and {len(lines) - _MOST_LINES} more lines"] if len(lines) > _MOST_LINES else [])
@@ -313,7 +323,7 @@ def print_comparison(found: dict[str, Any]) -> None:
         if each["metric"] == main:
             low, high = each["interval"]
             console.print(
-                f"{each['a']} against {each['b']}: {label(main, 1, 1)} {each['difference']:+.4f} ({low:+.4f} to {high:+.4f}), "
-                f"p {p_value(each['p_holm'], found['bootstrap']['resamples'])} after Holm",
+                f"{each['a']} against {each['b']}: {label(main, 1, 1)} {each['difference']:+.4f} "
+                f"({low:+.4f} to {high:+.4f}), p {p_value(each['p_holm'], found['bootstrap']['resamples'])} after Holm",
                 highlight=False,
             )

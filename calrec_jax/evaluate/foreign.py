@@ -99,7 +99,9 @@ def parse_names(arguments: Sequence[str]) -> dict[str, pathlib.Path]:
             name = pathlib.Path(path).name.removesuffix(".gz")
             name = name.removesuffix(pathlib.Path(name).suffix)
         if name in files:
-            raise CalrecError(f"--rankings: two files would be the row {name!r}; name one, as in --rankings=other={path}")
+            raise CalrecError(
+                f"--rankings: two files would be the row {name!r}; name one, as in --rankings=other={path}"
+            )
         files[name] = pathlib.Path(path).expanduser()
     return files
 
@@ -115,7 +117,9 @@ def read_ranking(name: str, path: pathlib.Path, targets: Targets) -> ForeignRank
     digest = artifacts.hash_file(path)
     suffix = pathlib.Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in KINDS:
-        raise CalrecError(f"{path}: rankings are read from files whose names end in {', '.join(KINDS)} (or .gz after it)")
+        raise CalrecError(
+            f"{path}: rankings are read from files whose names end in {', '.join(KINDS)} (or .gz after it)"
+        )
     entries = {"parquet": _parquet, "jsonl": _jsonl, "trec": _trec}[KINDS[suffix]](path)
     return _match(name, path, digest, entries, targets)
 
@@ -128,8 +132,8 @@ def _match(name: str, path: pathlib.Path, digest: str, entries: _Entries, target
         if len(found) and (found < 0).all():
             theirs = (entries.users if what == "user" else entries.items)[0].as_py()
             raise CalrecError(
-                f"{path}: no {what} of it is in the dataset {dataset.name}: it has {what}s like {theirs!r}, the dataset "
-                f"like {str(own[0])!r}; rank this dataset, with its ids"
+                f"{path}: no {what} of it is in the dataset {dataset.name}: it has {what}s like {theirs!r}, the "
+                f"dataset like {str(own[0])!r}; rank this dataset, with its ids"
             )
     findings = _Findings()
     findings.add("users who are not in the dataset", _distinct(entries.users, users < 0))
@@ -159,7 +163,9 @@ def _match(name: str, path: pathlib.Path, digest: str, entries: _Entries, target
                       np.setdiff1d(targets.users, listed))  # fmt: skip
     named = np.zeros(targets.num_items, bool)
     named[items[items >= 0]] = True
-    findings.add("targets that no list of the file names", sorted(set(dataset.item_ids[targets.items[~named[targets.items]]])))
+    findings.add(
+        "targets that no list of the file names", sorted(set(dataset.item_ids[targets.items[~named[targets.items]]]))
+    )
     starts = np.append(starts, len(rows))
     depth = int(np.diff(starts).max(initial=1))
     return ForeignRanking(name, path, digest, depth, findings.rows, listed, starts, items.astype(np.int32), scores)
@@ -217,7 +223,10 @@ def _parquet(path: pathlib.Path) -> _Entries:
     if {"user_id", "item_id", "score"} <= names:
         users, items = (_strings(path, table[name].combine_chunks(), name) for name in ("user_id", "item_id"))
         return _Entries(users, items, _numbers(path, table["score"].combine_chunks()), [])
-    raise CalrecError(f"{path} has the columns {sorted(names)}: a ranking has user_id, item_ids (and scores), or user_id, item_id, score")  # fmt: skip
+    raise CalrecError(
+        f"{path} has the columns {sorted(names)}: a ranking has user_id, item_ids (and scores), or "
+        "user_id, item_id, score"
+    )
 
 
 def _nested(path: pathlib.Path, columns: Sequence[pa.Array], scores: pa.Array | None) -> _Entries:
@@ -227,7 +236,9 @@ def _nested(path: pathlib.Path, columns: Sequence[pa.Array], scores: pa.Array | 
     counts = pc.value_counts(users)
     twice = [row["values"].as_py() for row in counts if row["counts"].as_py() > 1]
     if twice:
-        raise CalrecError(f"{path} has {len(twice)} users in more than one row, user {twice[0]!r} first; keep one list each")
+        raise CalrecError(
+            f"{path} has {len(twice)} users in more than one row, user {twice[0]!r} first; keep one list each"
+        )
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy().astype(np.int64)
     places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     values = -places.astype(np.float64)
@@ -283,11 +294,18 @@ def _jsonl(path: pathlib.Path) -> _Entries:
             user = _identifier(row["user_id"])
             if "item_ids" in row:
                 if user in whole:
-                    raise CalrecError(f"{path}, line {number}: user {user!r} has a list in line {whole[user]} already; keep one list each")  # fmt: skip
+                    raise CalrecError(
+                        f"{path}, line {number}: user {user!r} has a list in line {whole[user]} already; "
+                        "keep one list each"
+                    )
                 whole[user] = number
                 entries = [_identifier(item) for item in row["item_ids"]]
                 given = row.get("scores")
-                values = [-float(place) for place in range(len(entries))] if given is None else [_score(each) for each in given]
+                values = (
+                    [-float(place) for place in range(len(entries))]
+                    if given is None
+                    else [_score(each) for each in given]
+                )
                 if len(values) != len(entries):
                     raise ValueError(f"{len(entries)} item_ids and {len(values)} scores")
                 if not entries:

@@ -5,8 +5,8 @@ equal text taken for one. Leaving out moves NDCG@10 by a third on some data, so 
 has all of it. The views are made from one ranking: what is left out has no place, and where the target itself is left
 out (it was bought before), the user is a miss in that view.
 
-Notable: what is asked of every ranking (`Targets`) is gathered once; a ranking then costs a few passes over each block of
-scores. In lists that are cut at a depth, leaving out cannot bring up what lies beyond the cut: such a target stays a
+Notable: what is asked of every ranking (`Targets`) is gathered once; a ranking then costs a few passes over each block
+of scores. In lists that are cut at a depth, leaving out cannot bring up what lies beyond the cut: such a target stays a
 miss.
 """
 
@@ -124,7 +124,8 @@ class Places:
     Attributes:
       views: name out of `VIEWS` to the ranks.
       listed: [E] bool, who has a list.
-      top_items: [E, TOP] int32, the best items, tied ones in the list's order; −1 past the end, −2 not in the catalogue.
+      top_items: [E, TOP] int32, the best items, tied ones in the list's order; −1 past the end, −2 no item
+        of the catalogue.
       top_scores: [E, TOP] float32, NaN past the end.
       top_sources: [E, TOP] int16, the completion that gave the score, −1 none.
       lengths: [E] int64, items in each list.
@@ -223,7 +224,7 @@ def add_scores(places: Places, targets: Targets, rows: np.ndarray, scores: Score
 def _compare(
     primary: np.ndarray, secondary: np.ndarray, rows: np.ndarray, items: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[B, I] bool twice: which items stand before `items[b]` in row `rows[b]`, and which are tied with it (itself too)."""
+    """[B, I] bool twice: which items stand before `items[b]` in row `rows[b]`, and which tie with it, itself too."""
     first, second = primary[rows], secondary[rows]
     own_first, own_second = primary[rows, items][:, None], secondary[rows, items][:, None]
     greater, equal = first > own_first, first == own_first
@@ -305,7 +306,7 @@ def _add_lists(places: Places, targets: Targets, rows: np.ndarray, lists: Ranked
         some, at_twins = lists.take(twins), rows[twins]
         member = _members(some.items, *targets.equal_text(at_twins), targets.num_items)
         best = np.where(member, some.scores, -np.inf).max(axis=1, initial=-np.inf)
-        found = member.any(axis=1)
+        found = np.asarray(member.any(axis=1))
         equal = ((some.scores == best[:, None]) & ~member).sum(axis=1)
         equal = equal + np.where(last[twins] == best, some.ties_beyond_depth, 0)
         places._fill("equal_text", at_twins, (some.scores > best[:, None]).sum(axis=1), equal, found)

@@ -1,9 +1,9 @@
 """`report.html`: one file that opens offline, from `metrics.json` and the artefacts behind it.
 
 The page is a template, a style sheet and a few small scripts (`page/`), all written into the file, with the data as
-JSON in a script element that is never executed, and the single users' as compressed JSON in another. The scripts build every element with `createElement` and text nodes: a
-title is text, whatever is in it. A content security policy allows the page its own style and script, by hash, and no
-network. The bytes depend on the inputs alone: no date, no path.
+JSON in a script element that is never executed, and the single users' as compressed JSON in another. The scripts build
+every element with `createElement` and text nodes: a title is text, whatever is in it. A content security policy allows
+the page its own style and script, by hash, and no network. The bytes depend on the inputs alone: no date, no path.
 """
 
 import base64
@@ -51,7 +51,8 @@ def write_report(
       out: the report's folder, made when missing.
       dataset: the evaluated dataset.
       metrics: what `metrics.json` holds.
-      rankings: folder of ranking shards, or a ranking made by others, by the name of its row in `metrics`; may be empty.
+      rankings: folder of ranking shards, or a ranking made by others, by the name of its row in `metrics`; may be
+        empty.
       completions: folder of completion shards by name; may be empty.
       training: folder of a stage by name, in order; the curves are its `metrics.jsonl`. May be empty.
       run_dir: where `timing.json` is, if there is one; None: the folder above `out`.
@@ -142,7 +143,7 @@ def render_page(
 
 
 def pack_json(value: Any) -> str:
-    """JSON, compressed by gzip, in base64: what the page unpacks when it is opened. The same value gives the same text."""
+    """JSON, compressed by gzip, in base64: the page unpacks it on opening. The same value gives the same text."""
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)).decode()
 

@@ -144,9 +144,7 @@ def evaluate(
     targets = _targets(dataset, split)
     rows = [
         Row(name, BASELINE, places_of_source(source, targets))
-        for name, source in baseline_rankings.baseline_sources(
-            baselines, dataset, targets.histories, bm25_text
-        ).items()
+        for name, source in baseline_rankings.baseline_sources(baselines, dataset, targets.histories, bm25_text).items()
     ]
     rows += [_ranking_row(name, folder, manifests[name], targets) for name, folder in rankings.items()]
     others = {name: read_ranking(name, path, targets) for name, path in files.items()}

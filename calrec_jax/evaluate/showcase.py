@@ -1,8 +1,8 @@
 """The users that the report shows: drawn by seed, half hits and half misses, each with all that the line made of them.
 
 Only the drawn users' rows are kept in memory. The place of a target is computed from the ranking's scores, so that ties
-are seen: a target that shares its score stands at ranks ``first`` to ``last``. Items and texts are written once and named
-by number, so that 10,000 users fit into a page of a few megabytes (`report.pack_json`).
+are seen: a target that shares its score stands at ranks ``first`` to ``last``. Items and texts are written once and
+named by number, so that 10,000 users fit into a page of a few megabytes (`report.pack_json`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -167,7 +167,7 @@ def _tops(ranking: Ranking, dataset: Dataset, split: str, users: np.ndarray, sto
 
 
 def _fold(row: Mapping[str, Any], target_id: str, target_text: str, store: _Store) -> tuple[dict[str, Any], list[int]]:
-    """A user's completions without repeats, most probable first, and the place among them of each completion (or −1)."""
+    """A user's distinct completions, most probable first, and the place among them of each completion (or −1)."""
     groups: dict[str, dict[str, Any]] = {}
     item_ids = row["item_ids"] or [None] * len(row["texts"])
     columns = (row["texts"], row["log_probs"], row["num_tokens"], row["finished"], item_ids)

@@ -1,5 +1,7 @@
-"""Slices of the evaluated users: by length of the history, how often the target was bought in training, repeat or new,
-category, and whether another item has the target's text.
+"""Slices of the evaluated users.
+
+They are by length of the history, how often the target was bought in training, repeat or new, category, and whether
+another item has the target's text.
 
 Notable: groups are fixed by number before anything is scored, a group without users is kept and says so, and what
 "training" is comes from the purchases before every user's validation target, whatever split is evaluated.
@@ -89,8 +91,8 @@ def _by_frequency(counts: np.ndarray, items: np.ndarray) -> Slice:
         "head": (own > RARE_UP_TO) & head,
     }
     meaning = (
-        f"how often the target was bought in training: never, up to {RARE_UP_TO} times (rare), more (middle), or one of "
-        f"the most bought items that together make up {HEAD_SHARE:.0%} of the training purchases (head)"
+        f"how often the target was bought in training: never, up to {RARE_UP_TO} times (rare), more (middle), or one "
+        f"of the most bought items that together make up {HEAD_SHARE:.0%} of the training purchases (head)"
     )
     return Slice("target_frequency", meaning, groups)
 

@@ -1,7 +1,7 @@
 """From places to numbers: `metrics.json` and `per_user.parquet`.
 
-Notable: every number is over the same users, the population; what a row lacks is a miss. A slice without users keeps its
-place, without numbers.
+Notable: every number is over the same users, the population; what a row lacks is a miss. A slice without users keeps
+its place, without numbers.
 """
 
 import dataclasses
@@ -165,11 +165,14 @@ class Summary:
         rows = {}
         for row, values in zip(self.rows, self._values, strict=True):
             interval = bootstrap.intervals(values[inside][:, [at]], **self._bootstrap())[0].tolist()
-            rows[row.name] = {"metrics": self._named(values[inside].mean(axis=0)), "interval": {self.headline: interval}}
+            rows[row.name] = {
+                "metrics": self._named(values[inside].mean(axis=0)),
+                "interval": {self.headline: interval},
+            }
         return rows
 
     def per_user(self) -> pa.Table:
-        """A row a user and ranking; ranks are null for a miss. Views but the first stand before their columns' names."""
+        """A row a user and ranking; ranks are null for a miss, and columns of another view begin with its name."""
         user_ids = self.targets.dataset.user_ids[self.targets.users[self.population]]
         tables = []
         for row, metrics in zip(self.rows, self._values, strict=True):

@@ -26,7 +26,7 @@ def p_value(p: float, resamples: int) -> str:
 
 
 def print_table(metrics: Mapping[str, Any]) -> None:
-    """Prints the rows of `metrics.json`, each as it stands and with the history left out, and the best against baselines."""
+    """Prints the rows of `metrics.json`, as they stand and with the history left out, and how they compare."""
     import rich.box
     import rich.console
     import rich.table
@@ -66,7 +66,7 @@ def print_table(metrics: Mapping[str, Any]) -> None:
 
 
 def verdicts(metrics: Mapping[str, Any]) -> list[str]:
-    """One sentence for each ranking that is no baseline: how it does against the best baseline, and whether that is sure."""
+    """One sentence for each ranking that is no baseline: how it does against the best baseline, how surely."""
     rows = {row["name"]: row for row in metrics["rows"]}
     main = headline(list(metrics["rows"][0]["metrics"]))
     baselines = [row for row in rows.values() if row["kind"] == "baseline"]
