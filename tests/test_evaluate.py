@@ -16,7 +16,8 @@ from calrec_jax.data.prepare import prepare
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.baselines import BASELINES, baseline_sources, source_ranks
 from calrec_jax.evaluate.metrics import TIES, metric_names, per_user_metrics, ranking_metrics
-from calrec_jax.evaluate.run import evaluate, ranking_ranks
+from calrec_jax.evaluate.places import Targets
+from calrec_jax.evaluate.run import evaluate, ranking_places
 from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import written_scores
@@ -44,6 +45,10 @@ def run(tmp_path, dataset, rows):
         "calrec": rank(tmp_path / "rankings" / "test-calrec", dataset, completions),
         "short": rank(tmp_path / "rankings" / "test-short", dataset, completions, depth=3),
     }
+
+
+def everybody(dataset):
+    return Targets(dataset, Histories(dataset, "test"), np.arange(len(dataset.user_ids)))
 
 
 def row_of(metrics, name):
@@ -149,7 +154,8 @@ def test_a_baseline_and_the_ranking_of_the_same_source_agree(tmp_path, dataset, 
     histories = Histories(dataset, "test")
     source = baseline_sources([name], dataset, histories, bm25_text="ranking")[name]
     folder = rank(tmp_path / "test-same", dataset, None, source=name)
-    ranks, listed = ranking_ranks(folder, dataset, histories)
+    places = ranking_places(folder, everybody(dataset))
+    ranks, listed = places.ranks, places.listed
     own = source_ranks(source, histories)
     np.testing.assert_array_equal(ranks.n_greater, own.n_greater)
     np.testing.assert_array_equal(ranks.n_equal, own.n_equal)
@@ -187,7 +193,6 @@ def test_users_without_a_ranking_are_misses_or_left_out_as_asked(tmp_path, datas
 def test_a_target_beyond_the_depth_is_a_miss_and_ties_beyond_it_count(tmp_path, dataset):
     target = dataset.item_ids[dataset.target(0, "test")]
     other = next(item for item in dataset.item_ids if item != target)
-    histories = Histories(dataset, "test")
     for items, beyond, greater, equal, found in (
         ([other, target], 3, 1, 3, True),
         ([target, other], 3, 0, 0, True),
@@ -197,7 +202,8 @@ def test_a_target_beyond_the_depth_is_a_miss_and_ties_beyond_it_count(tmp_path, 
         table = {"user_id": ["u000"], "item_ids": [items], "scores": [scores]}
         table["ties_beyond_depth"] = pa.array([beyond], pa.int32())
         pq.write_table(pa.table(table), tmp_path / "part-00000.parquet")
-        ranks, listed = ranking_ranks(tmp_path, dataset, histories)
+        places = ranking_places(tmp_path, everybody(dataset))
+        ranks, listed = places.ranks, places.listed
         assert (ranks.n_greater[0], ranks.n_equal[0], ranks.found[0]) == (greater, equal, found), items
         assert listed.tolist() == [True, *[False] * 29]
         assert not ranks.found[1:].any()
@@ -284,6 +290,9 @@ def test_files_that_were_changed_are_refused(tmp_path, dataset, run):
         ({"bm25_text": "titles"}, "evaluate.bm25_text is 'titles'"),
         ({"cutoffs": [0]}, r"cutoffs is \[0\]"),
         ({"resamples": 0}, "resamples=0"),
+        ({"beyond_cutoff": 11}, "beyond_cutoff is 11"),
+        ({"shown_users": 0}, "shown_users is 0"),
+        ({"mrr_cutoffs": [1, 1]}, r"mrr_cutoffs is \[1, 1\]"),
         ({"level": 2.0}, "interval level is 2.0"),
         ({"split": "train"}, "split is 'train'"),
     ],

@@ -1,6 +1,7 @@
 """report.html: the file is parsed and its embedded data read back; nothing here needs a browser but one slow test."""
 
 import base64
+import gzip
 import hashlib
 import importlib.resources
 import json
@@ -154,7 +155,10 @@ class Page(HTMLParser):
 
     @property
     def data(self):
-        return json.loads(self.text("script", type="application/json"))
+        packed = self.text("script", type="application/octet-stream")
+        return json.loads(self.text("script", type="application/json")) | json.loads(
+            gzip.decompress(base64.b64decode(packed))
+        )
 
 
 def read(path):
@@ -224,7 +228,7 @@ def test_is_one_file_without_addresses(page):
         assert "src" not in attributes, tag
         assert attributes.get("href", "#").startswith("#"), attributes
         assert tag not in ("link", "iframe", "img", "object", "embed", "base"), tag
-    code = "".join("".join(data) for _, given, data in page.raw if given.get("type") != "application/json")
+    code = "".join("".join(data) for _, given, data in page.raw if "type" not in given)
     for address in (r"https?:", r"\burl\(", r"@import", r"\bfetch\(", "XMLHttpRequest", "WebSocket", r"\bimport\b"):
         assert not re.search(address, code), address
 
@@ -243,7 +247,7 @@ def test_policy_allows_its_own_style_and_script_alone(page):
 def test_scripts_never_parse_text_as_html():
     folder = importlib.resources.files("calrec_jax.evaluate") / "page"
     scripts = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith(".js")}
-    assert sorted(scripts) == sorted(report._SCRIPTS)
+    assert sorted(scripts) == sorted([*report._SCRIPTS, "compare.js"])
     for name, text in scripts.items():
         for way in (
             "innerHTML",
@@ -264,13 +268,12 @@ def test_hostile_text_stays_text(run, tmp_path):
     arguments["training"] = {HOSTILE: tmp_path / "nowhere"}
     page = read(report.write_report(tmp_path / "report", **arguments))
     assert not [tag for tag, _ in page.tags if tag == "img"]
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert [tag for tag, _ in page.tags].count("script") == 3
     assert not [given for _, given in page.tags if any(name.startswith("on") for name in given)]
     assert page.data["dataset"]["name"] == page.data["metrics"]["rows"][0]["name"] == HOSTILE
     assert page.data["training"][0]["name"] == HOSTILE
     assert HOSTILE in [row[0] for row in page.data["items"]]
-    texts = {each["text"] for user in page.data["users"] for each in user["completions"]["test-sample"]}
-    assert HOSTILE in texts
+    assert HOSTILE in page.data["texts"]
 
 
 @hypothesis.settings(deadline=None, max_examples=100)
@@ -344,14 +347,15 @@ def test_users_hold_history_ranking_completions_and_target(page, run, dataset):
         target = dataset.target(user, "test")
         history = dataset.history(user, "test")
         assert name_of[shown["target"]] == dataset.item_ids[target]
-        assert [name_of[item] for item, _ in shown["history"]["items"]] == dataset.item_ids[history].tolist()
-        assert shown["history"]["items"][0][1] == "1970-04-11"  # day 100
+        assert [name_of[item] for item in shown["history"]["items"]] == dataset.item_ids[history].tolist()
+        assert shown["history"]["dates"][0] == "1970-04-11"  # day 100
         row = np.float32(scores[user])
         order = np.argsort(-row, kind="stable")[:10]
-        top = shown["rankings"]["calrec"]["top"]
-        assert [name_of[item] for item, _, _ in top] == dataset.item_ids[order].tolist()
-        np.testing.assert_allclose([score for _, score, _ in top], row[order], rtol=1e-5)
-        assert [source for _, _, source in top] == sources[user][order].tolist()
+        top = shown["rankings"]["calrec"]
+        assert [name_of[item] for item in top["items"]] == dataset.item_ids[order].tolist()
+        np.testing.assert_allclose(top["scores"], row[order], rtol=1e-5)
+        shown_place = {-1: -1, 0: 1, 1: 0, 2: 1, 3: 2}  # the second completion is the most probable, 0 and 2 are one
+        assert top["sources"] == [shown_place[source] for source in sources[user][order].tolist()]
         first, last = shown["rankings"]["calrec"]["rank"]
         assert (first, last) == (1 + (row > row[target]).sum(), (row >= row[target]).sum())
         assert shown["rankings"]["calrec"]["depth"] == NUM_ITEMS
@@ -359,10 +363,22 @@ def test_users_hold_history_ranking_completions_and_target(page, run, dataset):
 
 def test_completions_are_folded_and_sorted(page):
     for user in page.data["users"]:
-        groups = user["completions"]["test-sample"]
-        assert [group["log_prob"] for group in groups] == [-1.5, -3.25, -9.0]
-        assert [group["indices"] for group in groups] == [[1], [0, 2], [3]]
-        assert [group["target"] for group in groups] == [True, False, False]
+        made = user["completions"]["test-sample"]
+        assert made["log_probs"] == [-1.5, -3.25, -9.0]
+        assert [page.data["texts"][text] for text in made["texts"]][1:] == ["Title: A.", HOSTILE]
+        assert (made["times"], made["targets"], made["unfinished"]) == ([1, 2, 1], [0], [])
+        assert (made["of"], made["distinct"]) == (4, 3)
+
+
+def test_less_probable_completions_are_left_out_but_never_the_targets(dataset):
+    store = showcase._Store()
+    row = {"texts": [f"t{n}" for n in range(30)], "log_probs": [-float(n) for n in range(30)], "num_tokens": [3] * 30,
+           "finished": [True] * 30, "item_ids": None}  # fmt: skip
+    made, place_of = showcase._fold(row, "i", "t25", store)
+    assert [store.values()[text] for text in made["texts"]] == [*(f"t{n}" for n in range(12)), "t25"]
+    assert (made["targets"], made["distinct"], made["of"]) == ([12], 30, 30)
+    assert (place_of[11], place_of[25], place_of[12]) == (11, 12, -1)
+    assert [showcase._shown_place(source, place_of) for source in (-1, 3, 12, 25)] == [-1, 3, -2, 12]
 
 
 def test_items_carry_attributes_and_absent_ones_are_null(page, dataset):
@@ -381,9 +397,9 @@ def test_long_texts_and_histories_are_cut_and_counted(tmp_path):
     whole = dataset.history(0, "test")
     assert len(user["history"]["items"]) == showcase.HISTORY_CAP
     assert user["history"]["earlier"] == len(whole) - showcase.HISTORY_CAP
-    last = made["items"][user["history"]["items"][-1][0]]
+    last = made["items"][user["history"]["items"][-1]]
     assert last[4] == dataset.item_ids[whole[-1]]
-    text = user["completions"]["c"][0]["text"]
+    text = made["texts"][user["completions"]["c"]["texts"][0]]
     assert len(text) == showcase.COMPLETION_CAP and text.endswith("…")
 
 
@@ -427,7 +443,7 @@ def test_target_places_equal_a_slow_reference(drawn):
     block = RankedLists(
         users=np.arange(len(scores)), items=np.pad(order, pad, constant_values=-1).astype(np.int32),
         scores=np.pad(kept, pad, constant_values=np.nan), lengths=np.full(len(scores), depth),
-        ties_beyond_depth=beyond.astype(np.int32),
+        ties_beyond_depth=beyond.astype(np.int32), sources=np.full((len(scores), depth + 2), -1, np.int16),
     )  # fmt: skip
     places = showcase.target_places(block, targets)
     for row, target in enumerate(targets):
@@ -611,6 +627,11 @@ def test_a_browser_draws_every_section(run, dataset, tmp_path):
     bare = {"dataset": dataset, "metrics": make_metrics(dataset), "rankings": {}, "completions": {}, "training": {}}
     shown = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
     body = shown[: shown.index('<script type="application/json"')]
-    for sentence in ("No training run belongs", "No timings were recorded", "No rankings belong to this report"):
+    for sentence in (
+        "No training run belongs",
+        "No timings were recorded",
+        "No rankings belong to this report",
+        "No completions belong",
+    ):
         assert sentence in body
     assert "<img" not in body and "<title>1</title>" not in body

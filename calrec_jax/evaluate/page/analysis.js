@@ -31,7 +31,7 @@ function renderComparisons(report) {
   const show = (key) => {
     const [view, name] = key.split(" ");
     const chosen = found.filter((each) => each.view === view && each.metric === name);
-    const rows = chosen.map((each) => [each.a, html("td", { class: "text" }, each.b), html("td", { class: each.p_holm < 0.05 ? (each.difference > 0 ? "better" : "worse") : null }, signed(each.difference)),
+    const rows = chosen.map((each) => [each.a, each.b, html("td", { class: each.p_holm < 0.05 ? (each.difference > 0 ? "better" : "worse") : null }, signed(each.difference)),
       html("td", { class: "interval" }, `${signed(each.interval[0])} to ${signed(each.interval[1])}`), pValue(each.p, resamples), pValue(each.p_holm, resamples)]);
     replace(body, html("p", { class: "note" }, `${metricLabel(name)} of the first ranking minus that of the second, over the same users${view === "as_it_stands" ? "" : ", both with the history left out"}. `
       + `The interval is a bootstrap over users, p a two-sided sign-flip test over users (${count(resamples)} resamples), corrected by Holm for the ${chosen.length} comparisons of this table. Coloured: p below .05 after correction.`),
@@ -64,7 +64,7 @@ function renderSlices(report) {
         return html("td", { title: `${metric(low)} to ${metric(high)}` }, metric(own.metrics[main]), html("span", { class: "interval" }, ` ±${metric((high - low) / 2, 3)}`));
       })]));
     replace(body, html("p", { class: "note" }, `${metricLabel(main)} by ${slice.meaning}. ± is half the bootstrap interval.` + (empty.length ? ` Without users here: ${empty.join(", ")}.` : "")), figure, table);
-    groupedBars(figure, groups.map((group) => ({ name: group.name, note: `${count(group.users)} users`, bars: rows.filter((row) => row.kind !== "oracle" && group.rows[row.name]).map((row) => ({
+    groupedBars(figure, groups.map((group) => ({ name: group.name, users: group.users, note: `${count(group.users)} ${group.users === 1 ? "user" : "users"}`, bars: rows.filter((row) => row.kind !== "oracle" && group.rows[row.name]).map((row) => ({
       name: row.name, colour: named[row.name], strong: row.kind !== "baseline", value: group.rows[row.name].metrics[main], interval: group.rows[row.name].interval[main] })) })),
     `${metricLabel(main)} by ${words(name)}`);
   };

@@ -18,7 +18,8 @@ function drawn(container, draw) {
   let width = 0;
   const observer = new ResizeObserver((entries) => {
     const now = Math.floor(entries[0].contentRect.width);
-    if (now > 0 && now !== width) { width = now; draw(now); }
+    // Drawn in the next frame: a plot that changes its height while sizes are observed makes the browser complain.
+    if (now > 0 && now !== width) { width = now; requestAnimationFrame(() => draw(now)); }
   });
   observer.observe(container);
 }
@@ -72,13 +73,15 @@ function barPlot(container, bars, description) {
 
 // groups: [{name, note, bars}], a small plot for each, on one scale.
 function groupedBars(container, groups, description) {
-  const highest = Math.max(1e-9, ...groups.flatMap((group) => group.bars.map((bar) => Math.max(bar.value, bar.interval ? bar.interval[1] : 0))));
+  // Groups of a few users have intervals that would flatten all others: they do not set the scale and are cut by it.
+  const large = groups.filter((group) => group.users >= 30);
+  const highest = Math.max(1e-9, ...(large.length ? large : groups).flatMap((group) => group.bars.map((bar) => Math.max(bar.value, bar.interval ? bar.interval[1] : 0))));
   const legend = html("ul", { class: "legend" }, (groups[0] ? groups[0].bars : []).map((bar) => html("li", {}, html("i", { class: "swatch", colour: bar.colour, "aria-hidden": "true" }), bar.name)));
   const grid = html("div", { class: "slice-grid" }, groups.map((group) => {
     const holder = html("div");
     drawn(holder, (width) => {
       const pitch = 13;
-      const x = (value) => 2 + ((width - 52) * value) / highest;
+      const x = (value) => 2 + ((width - 52) * Math.min(value, highest)) / highest;
       const picture = svg("svg", { viewBox: `0 0 ${width} ${group.bars.length * pitch + 4}`, height: group.bars.length * pitch + 4, role: "img",
         "aria-label": `${description}, ${group.name}: ` + group.bars.map((bar) => `${bar.name} ${metric(bar.value)}`).join(", ") });
       group.bars.forEach((bar, row) => {
