@@ -420,6 +420,66 @@ def test_a_hundred_users_stay_under_two_megabytes(tmp_path):
     assert path.stat().st_size < 2e6
 
 
+def test_ten_thousand_users_stay_under_ten_megabytes(tmp_path):
+    """Histories, three rankings and 32 completions each, texts like a catalogue's with one word in seven changed."""
+    num_users, num_items = 10_000, 3_000
+    rng = np.random.default_rng(0)
+    words = [
+        f"{a}{b}"
+        for a in ("bra", "ste", "pol", "fil", "cop", "tap")
+        for b in ("ss", "el", "ymer", "ter", "per", "e", "ing")
+    ]
+    dataset = make_dataset(tmp_path / "x", num_users=num_users, num_items=num_items, longest=14)
+    texts_of_items = [" ".join(rng.choice(words, 20)) for _ in range(num_items)]
+    changed = rng.random((num_users, 32)) < 0.5
+    which = np.minimum(rng.geometric(0.004, (num_users, 32)), num_items - 1)
+    texts = [
+        [
+            texts_of_items[k][:-8] + rng.choice(words) if new else texts_of_items[k]
+            for k, new in zip(row, news, strict=True)
+        ]
+        for row, news in zip(which, changed, strict=True)
+    ]
+    made = write_completions(tmp_path / "c", dataset, texts, (-30 * rng.random((num_users, 32))).tolist())
+    rankings = {}
+    for name in ("calrec", "beam", "tower"):
+        items = rng.permuted(np.tile(np.arange(num_items), (100, 1)), axis=1)[:, :20][rng.integers(0, 100, num_users)]
+        table = {
+            "user_id": dataset.user_ids.tolist(),
+            "item_ids": dataset.item_ids[items].tolist(),
+            "scores": np.sort(rng.random((num_users, 20)).astype(np.float32))[:, ::-1].tolist(),
+            "sources": pa.array(rng.integers(-1, 32, (num_users, 20)).tolist(), pa.list_(pa.int16())),
+            "ties_beyond_depth": pa.array(np.zeros(num_users, np.int32)),
+        }
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(table), tmp_path / name / "part-00000.parquet")
+        artifacts.write_manifest(tmp_path / name, kind="ranking", made_from={"completions": made}, settings={})
+        rankings[name] = tmp_path / name
+    path = report.write_report(
+        tmp_path / "report", dataset=dataset, metrics=make_metrics(dataset, tuple(rankings)), rankings=rankings,
+        completions={"c": tmp_path / "c"}, training={}, users=num_users,
+    )  # fmt: skip
+    data = read(path).data
+    assert len(data["users"]) == num_users and set(data["users"][7]["rankings"]) == set(rankings)
+    assert len(data["users"][7]["completions"]["c"]["texts"]) == showcase.COMPLETIONS_CAP
+    assert path.stat().st_size < 10e6
+
+
+def test_configs_and_decoding_times_are_read_once_each(tmp_path):
+    for name, gin in (("stage1", "train.seed = 1"), ("stage2", "train.seed = 1"), ("c", "decode.seed = 2")):
+        (tmp_path / name).mkdir()
+        artifacts.write_json(tmp_path / name / "manifest.json", {"gin": gin})
+    (tmp_path / "bare").mkdir()
+    folders = {name: tmp_path / name for name in ("stage1", "stage2", "c", "bare")}
+    assert report._read_configs(folders) == [
+        {"names": ["stage1", "stage2"], "gin": "train.seed = 1"},
+        {"names": ["c"], "gin": "decode.seed = 2"},
+    ]
+    artifacts.write_json(tmp_path / "c" / "timing.json", {"users": 5, "seconds": 2.0})
+    assert report._read_decoding("c", tmp_path / "c") == {"name": "c", "users": 5, "seconds": 2.0}
+    assert report._read_decoding("bare", tmp_path / "bare") is None
+
+
 @st.composite
 def ranked_lists(draw):
     """Lists cut at a depth, with tied scores, and the targets' whole-catalogue scores."""
@@ -596,42 +656,88 @@ def test_errors_name_what_is_wrong(run, dataset, tmp_path):
     assert not (tmp_path / "run" / "report" / "report.html").exists()
 
 
-def rendered(path: Path, profile: Path) -> str:
-    """The page's elements after its scripts ran, as Chromium writes them."""
+def rendered(path: Path, profile: Path, *more: str) -> tuple[str, str]:
+    """The page's elements after its scripts ran, as Chromium writes them, and what it put on the console."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("needs Chromium, and there is none on this machine")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=4000"]  # fmt: skip
-    command = [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", f"file://{path}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+             "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=8000",
+             "--enable-logging=stderr", "--v=0"]  # fmt: skip
+    command = [browser, *flags, *more, f"--user-data-dir={profile}", "--dump-dom", f"file://{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE:" in line)
+
+
+def full_report(folder):
+    """A report by the verb itself: rankings with completions, one made by others, all sections."""
+    from ranking_data import completion_rows
+    from ranking_data import make_dataset as make_tools
+    from ranking_data import write_completions as write_made
+
+    from calrec_jax.evaluate.run import evaluate
+    from calrec_jax.rank.run import rank
+
+    tools = make_tools(folder / "dataset", num_users=30)
+    made = write_made(folder / "completions" / "test-sample", tools, completion_rows(tools, seed=2))
+    ranking = rank(folder / "rankings" / "test-calrec", tools, made)
+    theirs = folder / "theirs.trec"
+    theirs.write_text("".join(f"{user} Q0 {tools.item_ids[3]} 1 0.5 t\n" for user in ("u000", "stranger")))
+    (folder / "stage1").mkdir()
+    lines = [{"step": s, "split": "train", "loss": 4 / s} for s in range(1, 31)]
+    (folder / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = Line(run_dir=str(folder), target="Tools")
+    line._add_seconds("train stage1", 61.5, ("gpu", 4))
+    line._add_seconds("rank test-calrec", 3.0)
+    evaluate(folder / "report", tools, {"calrec": ranking}, files={"theirs": theirs}, resamples=200)
+    return folder / "report" / "report.html"
 
 
 @pytest.mark.slow
-def test_a_browser_draws_every_section(run, dataset, tmp_path):
-    root, arguments, *_ = run
-    shown = rendered(report.write_report(root / "report-browser", **arguments), tmp_path / "a")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_draws_every_section(tmp_path, width):
+    """Needs Chromium. Every section has its content, nothing is on the console, and nothing is wider than the window."""
+    path = full_report(tmp_path / "run")
+    shown, console = rendered(path, tmp_path / "profile", f"--window-size={width},900")
     body = shown[: shown.index('<script type="application/json"')]
-    best = arguments["metrics"]["rows"][1]["metrics"]["ndcg@10"]
-    assert f"{best:.4f}"[1:] in body
     for fragment in (
-        'class="row-calrec"',
-        'class="series',
-        "1 min 02 s",
-        "95.0 %",
-        "Its rank in",
-        "Completions test-sample",
-    ):
+        'class="row-calrec"', 'class="series', "1 min 02 s", "History left out", "p, Holm", "by purchases in the history",
+        "Coverage", "Could not be matched", "stranger", "Target reached", "Written, missed",
+        "Accelerator-seconds a user", "8.2 s (gpu)", "Its rank in", "Completions test-sample", "<details>",
+    ):  # fmt: skip
         assert fragment in body, fragment
-    assert "NaN" not in body and "undefined" not in body
+    assert "NaN" not in body and "undefined" not in body and "[object" not in body
+    assert console == ""
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_of_a_comparison(tmp_path):
+    """Needs Chromium."""
+    from calrec_jax.evaluate.compare import compare, parse_groups
+
+    for name in ("a", "b"):
+        full_report(tmp_path / name)
+    compare(parse_groups([str(tmp_path / "a"), str(tmp_path / "b")]), tmp_path / "out", resamples=100)
+    shown, console = rendered(tmp_path / "out" / "compare.html", tmp_path / "profile")
+    body = shown[: shown.index('<script type="application/json"')]
+    for fragment in ("b: calrec", "a: theirs", "Differences, user by user", "p, Holm", "The reference.", 'class="bar"'):
+        assert fragment in body, fragment
+    assert "NaN" not in body and "undefined" not in body and console == ""
+
+
+@pytest.mark.slow
+def test_a_browser_draws_a_bare_report(dataset, tmp_path):
+    """Needs Chromium."""
     bare = {"dataset": dataset, "metrics": make_metrics(dataset), "rankings": {}, "completions": {}, "training": {}}
-    shown = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
+    shown, console = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
     body = shown[: shown.index('<script type="application/json"')]
     for sentence in (
         "No training run belongs",
         "No timings were recorded",
         "No rankings belong to this report",
         "No completions belong",
+        "holds no slices",
+        "nothing to compare",
     ):
         assert sentence in body
-    assert "<img" not in body and "<title>1</title>" not in body
+    assert "<img" not in body and "<title>1</title>" not in body and console == ""

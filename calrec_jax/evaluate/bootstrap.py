@@ -19,7 +19,7 @@ import numpy as np
 
 from calrec_jax.errors import CalrecError
 
-MOST_DISTINCT = 512
+MOST_DISTINCT = 256
 RESAMPLES = 10_000
 _DRAWS_A_BLOCK = 2**22
 
