@@ -100,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return _download(arguments)
     if arguments.verb == "synth":
         return _synth(arguments)
+    if arguments.verb == "compare":
+        return _compare(arguments)
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -183,8 +185,27 @@ def _rank(line: Line, arguments: argparse.Namespace) -> None:
 def _evaluate(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.pipeline import print_summary
 
+    if arguments.rankings:
+        if arguments.split is None:
+            raise CalrecError("--rankings: say which split the files rank for, by --split=validation or --split=test")
+        line.evaluate_files(arguments.rankings)
+        return
     line.evaluate()
     print_summary(line.layout, line.split)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    import pathlib
+
+    from calrec_jax import artifacts
+    from calrec_jax.evaluate import compare
+
+    groups = compare.parse_groups(arguments.runs)
+    out = pathlib.Path(arguments.out).expanduser()
+    with artifacts.disk_errors(out):
+        found = compare.compare(groups, out, split=arguments.split or "test")
+    compare.print_comparison(found)
+    print(f"Made:\n  {out / 'compare.html'}\n  {out / 'compare.json'}")
 
 
 def _eval_tasks(line: Line, arguments: argparse.Namespace) -> None:
@@ -281,7 +302,25 @@ _VERBS = {
         name={"help": "only this one of run.rankings"},
         split=_SPLIT,
     ),
-    "evaluate": _Verb(_evaluate, "rankings → metrics and a report", f"evaluate {_RUN}", split=_SPLIT),
+    "evaluate": _Verb(
+        _evaluate,
+        "rankings → metrics and a report",
+        f"evaluate {_RUN} --rankings=theirs.jsonl --split=test",
+        rankings={
+            "action": "append",
+            "default": [],
+            "metavar": "[NAME=]FILE",
+            "help": "a ranking made by others (Parquet, JSONL, TREC run), beside the run's; repeatable, needs --split",
+        },
+        split=_SPLIT,
+    ),
+    "compare": _Verb(
+        None,
+        "reports of several runs → paired differences, one page",
+        "compare small=runs/s0,runs/s1,runs/s2 large=runs/l0,runs/l1,runs/l2",
+        out={"default": "compare", "metavar": "DIR", "help": "folder of compare.html and compare.json (compare)"},
+        split={**_SPLIT, "help": "whose reports are compared (test)"},
+    ),
     "eval_tasks": _Verb(
         _eval_tasks,
         "a SeqIO task or mixture → metrics",
@@ -358,7 +397,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        if verb.call is not None:
+        if name == "compare":
+            one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or NAME=RUN,RUN,… for several seeds")
+        elif verb.call is not None:
             _add_gin_flags(one)
         for option, settings in verb.options.items():
             one.add_argument(f"--{option}", **settings)

@@ -37,7 +37,7 @@ _PASSED = {
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
     "rank": ("out", "dataset", "completions", "split"),
-    "evaluate": ("out", "dataset", "rankings", "split", "oracle"),
+    "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
 }
 
 
@@ -190,6 +190,25 @@ class Line:
                 oracle=oracle if self.split == "test" and oracle.exists() else None,
             )
 
+    def evaluate_files(self, arguments: Sequence[str]) -> None:
+        """Scores rankings made by others, `FILE` or `NAME=FILE`, beside those of the run that are there.
+
+        The report is in `report-<names>` (with the split before the names where that is not test).
+        """
+        from calrec_jax.evaluate import foreign
+        from calrec_jax.evaluate.run import evaluate
+
+        files = foreign.parse_names(arguments)
+        own = {name: self.layout.ranking(self.split, name) for name in self.rankings}
+        made = {name: folder for name, folder in own.items() if (folder / artifacts.MANIFEST).exists()}
+        if len(made) < len(own):
+            print(f"calrec: not made yet, and left out: {', '.join(name for name in own if name not in made)}")
+        out = self.layout.report(self.split)
+        out = out.with_name("-".join([out.name, *files]))
+        with self.step(f"evaluate {self.split} {' '.join(files)}", out):
+            evaluate(out, self._dataset(self.target), made, split=self.split, files=files, run_dir=self.layout.root)
+        print(f"Made:\n  {out / 'report.html'}")
+
     def eval_tasks(self, name: str | None = None) -> None:
         """Evaluates SeqIO tasks as the ranking `name` does it; None is the first one that ranks completions.
 
@@ -261,25 +280,42 @@ class Line:
         try:
             yield
         except KeyboardInterrupt:
-            self._add_seconds(name, time.monotonic() - start)
+            self._add_seconds(name, time.monotonic() - start, _devices(name))
             raise
         except RuntimeError as error:
             if "Required bindings" not in str(error):  # gin's words
                 raise
             raise CalrecError(f"the gin files leave a setting unset that has no default: {error}") from error
         seconds = time.monotonic() - start
+        devices = _devices(name)
         _free_programs()
         if not was_complete:
-            self._add_seconds(name, seconds)
+            self._add_seconds(name, seconds, devices)
         print(
             f"calrec: {name} " + ("was done already, skipped" if was_complete else f"took {seconds:.1f} s"), flush=True
         )
 
-    def _add_seconds(self, name: str, seconds: float) -> None:
-        before = _read_seconds(self.layout)
-        timing = {**before, name: before.get(name, 0.0) + seconds}
-        steps = [{"step": step, "seconds": round(value, 3)} for step, value in timing.items()]
-        artifacts.write_json(self.layout.timing, {"steps": steps, "seconds": round(sum(timing.values()), 3)})
+    def _add_seconds(self, name: str, seconds: float, devices: tuple[str, int] | None = None) -> None:
+        """Adds to what a step took; `devices` (platform, how many) computed for it, which gives its device-seconds."""
+        steps = {step["step"]: step for step in _read_steps(self.layout)}
+        own = steps.setdefault(name, {"step": name, "seconds": 0.0})
+        if devices is not None:
+            before = own.get("device_seconds", 0.0)
+            own |= {"device": devices[0], "device_seconds": round(before + seconds * devices[1], 3)}
+        own["seconds"] = round(own["seconds"] + seconds, 3)
+        total = round(sum(step["seconds"] for step in steps.values()), 3)
+        artifacts.write_json(self.layout.timing, {"steps": list(steps.values()), "seconds": total})
+
+
+_COMPUTING = ("train", "decode")
+
+
+def _devices(step: str) -> tuple[str, int] | None:
+    """Platform and number of JAX's devices, for the steps that compute on them."""
+    if step.split()[0] not in _COMPUTING or "jax" not in sys.modules:
+        return None
+    devices = sys.modules["jax"].devices()
+    return devices[0].platform, len(devices)
 
 
 def _free_programs() -> None:
@@ -289,11 +325,14 @@ def _free_programs() -> None:
         gc.collect()
 
 
+def _read_steps(layout: RunLayout) -> list[dict[str, Any]]:
+    """What `timing.json` says of each step so far, in the order in which the steps were first run."""
+    return artifacts.read_json(layout.timing)["steps"] if layout.timing.exists() else []
+
+
 def _read_seconds(layout: RunLayout) -> dict[str, float]:
     """Seconds of each step so far, in the order in which the steps were first run."""
-    if not layout.timing.exists():
-        return {}
-    return {step["step"]: step["seconds"] for step in artifacts.read_json(layout.timing)["steps"]}
+    return {step["step"]: step["seconds"] for step in _read_steps(layout)}
 
 
 @functools.lru_cache(maxsize=4)

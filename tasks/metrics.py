@@ -17,7 +17,8 @@ from calrec_jax import artifacts
 from calrec_jax.decode import shards
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.metrics import metric_names, per_user_metrics
-from calrec_jax.evaluate.run import ranking_ranks
+from calrec_jax.evaluate.places import Targets
+from calrec_jax.evaluate.run import ranking_places
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.run import KIND, rank
 from calrec_jax.tasks.source import CalrecDataSource
@@ -98,8 +99,10 @@ class RankingMetrics:
             )
             rank(ranking, dataset, completions, split=splits[0], missing="skip")
             depth = artifacts.read_manifest(ranking, kind=KIND)["list_depth"]
-            ranks, _ = ranking_ranks(ranking, dataset, histories, depth)
-        means = per_user_metrics(ranks, "mean_rank")[users].mean(axis=0)
+            # A user may be asked for more than once, in any order: each is placed once and read as often as asked.
+            evaluated, rows_of = np.unique(users, return_inverse=True)
+            places = ranking_places(ranking, Targets(dataset, histories, evaluated), depth)
+        means = per_user_metrics(places.ranks, "mean_rank")[rows_of].mean(axis=0)
         return dict(zip(metric_names(), map(float, means), strict=True))
 
 

@@ -15,8 +15,10 @@ from calrec_jax import artifacts
 from calrec_jax.data.prepare import prepare
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.baselines import BASELINES, baseline_sources, source_ranks
+from calrec_jax.evaluate.bootstrap import holm, paired
 from calrec_jax.evaluate.metrics import TIES, metric_names, per_user_metrics, ranking_metrics
-from calrec_jax.evaluate.run import evaluate, ranking_ranks
+from calrec_jax.evaluate.places import Targets
+from calrec_jax.evaluate.run import evaluate, ranking_places
 from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import written_scores
@@ -44,6 +46,10 @@ def run(tmp_path, dataset, rows):
         "calrec": rank(tmp_path / "rankings" / "test-calrec", dataset, completions),
         "short": rank(tmp_path / "rankings" / "test-short", dataset, completions, depth=3),
     }
+
+
+def everybody(dataset):
+    return Targets(dataset, Histories(dataset, "test"), np.arange(len(dataset.user_ids)))
 
 
 def row_of(metrics, name):
@@ -149,7 +155,8 @@ def test_a_baseline_and_the_ranking_of_the_same_source_agree(tmp_path, dataset, 
     histories = Histories(dataset, "test")
     source = baseline_sources([name], dataset, histories, bm25_text="ranking")[name]
     folder = rank(tmp_path / "test-same", dataset, None, source=name)
-    ranks, listed = ranking_ranks(folder, dataset, histories)
+    places = ranking_places(folder, everybody(dataset))
+    ranks, listed = places.ranks, places.listed
     own = source_ranks(source, histories)
     np.testing.assert_array_equal(ranks.n_greater, own.n_greater)
     np.testing.assert_array_equal(ranks.n_equal, own.n_equal)
@@ -187,7 +194,6 @@ def test_users_without_a_ranking_are_misses_or_left_out_as_asked(tmp_path, datas
 def test_a_target_beyond_the_depth_is_a_miss_and_ties_beyond_it_count(tmp_path, dataset):
     target = dataset.item_ids[dataset.target(0, "test")]
     other = next(item for item in dataset.item_ids if item != target)
-    histories = Histories(dataset, "test")
     for items, beyond, greater, equal, found in (
         ([other, target], 3, 1, 3, True),
         ([target, other], 3, 0, 0, True),
@@ -197,12 +203,67 @@ def test_a_target_beyond_the_depth_is_a_miss_and_ties_beyond_it_count(tmp_path, 
         table = {"user_id": ["u000"], "item_ids": [items], "scores": [scores]}
         table["ties_beyond_depth"] = pa.array([beyond], pa.int32())
         pq.write_table(pa.table(table), tmp_path / "part-00000.parquet")
-        ranks, listed = ranking_ranks(tmp_path, dataset, histories)
+        places = ranking_places(tmp_path, everybody(dataset))
+        ranks, listed = places.ranks, places.listed
         assert (ranks.n_greater[0], ranks.n_equal[0], ranks.found[0]) == (greater, equal, found), items
         assert listed.tolist() == [True, *[False] * 29]
         assert not ranks.found[1:].any()
         metrics = per_user_metrics(ranks, "mean_rank")
         assert metrics[:, -1].sum() == (1.0 if greater == 0 and found else 0.0)
+
+
+def test_leaving_out_the_last_item_is_what_ranking_without_it_gives(tmp_path, dataset):
+    """The view of a ranking equals a ranking made so, but for targets that are left out: there they are misses."""
+    metrics = evaluate(
+        tmp_path / "report",
+        dataset,
+        {},
+        baselines=["blend", "blend_removed"],
+        cutoffs=(1, 5),
+        ndcg_cutoffs=(5,),
+        resamples=9,
+    )
+    view = row_of(metrics, "blend")["views"]["last_left_out"]["metrics"]
+    removed = row_of(metrics, "blend_removed")["metrics"]
+    assert [view[name] for name in ("recall@1", "recall@5", "ndcg@5")] == pytest.approx(
+        [removed[name] for name in ("recall@1", "recall@5", "ndcg@5")]
+    )
+    assert view["ndcg@5"] != row_of(metrics, "blend")["metrics"]["ndcg@5"]
+    targets = everybody(dataset)
+    assert metrics["targets_in_history"] == sum(
+        dataset.target(user, "test") in dataset.history(user, "test") for user in range(30)
+    )
+    assert metrics["targets_last_item"] == targets.is_last.sum()
+
+
+def test_comparisons_slices_and_generation_are_in_the_metrics(tmp_path, dataset, run):
+    out = tmp_path / "report"
+    metrics = evaluate(out, dataset, run, resamples=300)
+    table = pq.read_table(out / "per_user.parquet").to_pylist()
+    of = {
+        row["name"]: np.array([user["ndcg@10"] for user in table if user["name"] == row["name"]])
+        for row in metrics["rows"]
+    }
+    headline = [
+        each for each in metrics["comparisons"] if (each["view"], each["metric"]) == ("as_it_stands", "ndcg@10")
+    ]
+    assert len(headline) == 2 * 4
+    for each in headline:
+        expected = paired(of[each["a"]], of[each["b"]], resamples=300)
+        assert (each["difference"], each["p"]) == (pytest.approx(expected.difference), expected.p)
+    np.testing.assert_allclose([each["p_holm"] for each in headline], holm([each["p"] for each in headline]))
+    for part in metrics["slices"]:
+        assert sum(group["users"] for group in part["groups"]) == 30
+        for name in ("calrec", "popularity"):
+            total = sum(
+                group["users"] * group["rows"][name]["metrics"]["ndcg@10"] for group in part["groups"] if group["users"]
+            )
+            assert total / 30 == pytest.approx(row_of(metrics, name)["metrics"]["ndcg@10"]), part["name"]
+    empty = [group for part in metrics["slices"] for group in part["groups"] if not group["users"]]
+    assert empty and all(group["rows"] == {} for group in empty)
+    (generation,) = metrics["generation"]
+    assert generation["name"] == "test-sample" and set(generation["errors"]) == {"calrec", "short"}
+    assert all(sum(cases.values()) == 30 for cases in generation["errors"].values())
 
 
 def write_oracle(path, dataset, *, users=None, seed=0):
@@ -284,6 +345,9 @@ def test_files_that_were_changed_are_refused(tmp_path, dataset, run):
         ({"bm25_text": "titles"}, "evaluate.bm25_text is 'titles'"),
         ({"cutoffs": [0]}, r"cutoffs is \[0\]"),
         ({"resamples": 0}, "resamples=0"),
+        ({"beyond_cutoff": 11}, "beyond_cutoff is 11"),
+        ({"shown_users": 0}, "shown_users is 0"),
+        ({"mrr_cutoffs": [1, 1]}, r"mrr_cutoffs is \[1, 1\]"),
         ({"level": 2.0}, "interval level is 2.0"),
         ({"split": "train"}, "split is 'train'"),
     ],

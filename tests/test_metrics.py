@@ -1,4 +1,4 @@
-"""Metrics against their definitions, laws that hold for all of them, and the bootstrap."""
+"""Metrics against their definitions, laws that hold for all of them, and two well-kept libraries."""
 
 import math
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calrec_jax.errors import CalrecError
-from calrec_jax.evaluate.bootstrap import intervals, resampled_means
 from calrec_jax.evaluate.metrics import (
     TIES,
     TargetRanks,
@@ -18,8 +17,8 @@ from calrec_jax.evaluate.metrics import (
     target_ranks,
 )
 
-CUTOFFS, NDCG = (1, 2, 5, 10), (1, 5, 10)
-NAMES = metric_names(CUTOFFS, NDCG)
+CUTOFFS, NDCG, MRR = (1, 2, 5, 10), (1, 5, 10), (1, 4, 10)
+NAMES = metric_names(CUTOFFS, NDCG, MRR)
 
 
 def at_rank(rank, depth):
@@ -27,7 +26,8 @@ def at_rank(rank, depth):
     if rank > depth:
         return [0.0] * len(NAMES)
     recall = [float(rank <= k) for k in CUTOFFS]
-    return [*recall, *(1 / math.log2(1 + rank) if rank <= k else 0.0 for k in NDCG), 1 / rank]
+    ndcg = [1 / math.log2(1 + rank) if rank <= k else 0.0 for k in NDCG]
+    return [*recall, *ndcg, *(1 / rank if rank <= k else 0.0 for k in MRR), 1 / rank]
 
 
 def reference(target, scores, ties, depth):
@@ -46,7 +46,7 @@ def test_metrics_are_the_definitions(ties, depth):
     scores = rng.integers(0, 5, (40, 14)).astype(float)
     targets = rng.integers(0, 14, 40)
     ranks = target_ranks(targets, scores)
-    values = per_user_metrics(TargetRanks(ranks.n_greater, ranks.n_equal, ranks.found, depth), ties, CUTOFFS, NDCG)
+    values = per_user_metrics(TargetRanks(ranks.n_greater, ranks.n_equal, ranks.found, depth), ties, CUTOFFS, NDCG, MRR)
     expected = [reference(target, row, ties, depth) for target, row in zip(targets, scores, strict=True)]
     np.testing.assert_allclose(values, expected, atol=1e-12, err_msg="seed 7")
 
@@ -74,11 +74,12 @@ def test_laws(rows, random):
     scores = np.array(rows, float)
     targets = np.array([random.randrange(8) for _ in rows])
     ranks = target_ranks(targets, scores)
-    by_ties = {ties: per_user_metrics(ranks, ties, CUTOFFS, NDCG) for ties in TIES}
+    by_ties = {ties: per_user_metrics(ranks, ties, CUTOFFS, NDCG, MRR) for ties in TIES}
     for values in by_ties.values():
         assert ((values >= 0) & (values <= 1)).all()
         np.testing.assert_array_equal(values[:, NAMES.index("recall@1")], values[:, NAMES.index("ndcg@1")])
-        for prefix, cutoffs in (("recall", CUTOFFS), ("ndcg", NDCG)):
+        np.testing.assert_array_equal(values[:, NAMES.index("recall@1")], values[:, NAMES.index("mrr@1")])
+        for prefix, cutoffs in (("recall", CUTOFFS), ("ndcg", NDCG), ("mrr", MRR)):
             columns = values[:, [NAMES.index(f"{prefix}@{k}") for k in cutoffs]]
             assert (np.diff(columns, axis=1) >= -1e-12).all()
         assert (values[:, NAMES.index("recall@10")] >= values[:, NAMES.index("ndcg@10")]).all()
@@ -102,6 +103,61 @@ def test_the_order_of_users_and_items_does_not_matter(rows, random):
         assert one == pytest.approx(other, abs=1e-12)
 
 
+def strict_run(seed):
+    """Targets and scores without ties; the lists of some users are cut, so that targets are missed."""
+    rng = np.random.default_rng(seed)
+    scores = rng.permuted(np.tile(np.arange(60.0), (50, 1)), axis=1)
+    return rng.integers(0, 60, 50), scores, rng.integers(1, 61, 50)
+
+
+def as_run(targets, scores, depths):
+    """Relevance and run as both libraries take them: a dict a query, the best `depth` documents of each."""
+    qrels = {f"q{user}": {f"d{target}": 1} for user, target in enumerate(targets)}
+    run = {
+        f"q{user}": {f"d{item}": float(row[item]) for item in np.argsort(-row)[:depth]}
+        for user, (row, depth) in enumerate(zip(scores, depths, strict=True))
+    }
+    return qrels, run
+
+
+def own_means(targets, scores, depths):
+    ranks = target_ranks(targets, scores)
+    found = ranks.n_greater < depths
+    ranks = TargetRanks(np.where(found, ranks.n_greater, 0), np.where(found, ranks.n_equal, 0), found, scores.shape[1])
+    names = metric_names((1, 5, 10, 50), (10, 50), (10,))
+    return dict(
+        zip(names, per_user_metrics(ranks, "mean_rank", (1, 5, 10, 50), (10, 50), (10,)).mean(axis=0), strict=True)
+    )
+
+
+def test_strict_scores_give_the_numbers_of_ir_measures():
+    ir_measures = pytest.importorskip("ir_measures")
+    from ir_measures import RR, R, nDCG
+
+    case = strict_run(3)
+    qrels, run = as_run(*case)
+    named = {f"recall@{k}": R @ k for k in (1, 5, 10, 50)} | {f"ndcg@{k}": nDCG @ k for k in (10, 50)}
+    named |= {"mrr": RR, "mrr@10": RR @ 10}
+    theirs = ir_measures.calc_aggregate(named.values(), qrels, run)
+    own = own_means(*case)
+    assert 0 < own["mrr"] < 1
+    for name, measure in named.items():
+        assert theirs[measure] == pytest.approx(own[name], abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_strict_scores_give_the_numbers_of_ranx():
+    """Slow: it compiles for tens of seconds. It is in the extra `bench`, and the test is skipped where it is not."""
+    ranx = pytest.importorskip("ranx")
+    case = strict_run(4)
+    qrels, run = as_run(*case)
+    names = ["recall@1", "recall@5", "recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr@10", "mrr"]
+    theirs = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), names)
+    own = own_means(*case)
+    for name in names:
+        assert theirs[name] == pytest.approx(own[name], abs=1e-9), name
+
+
 def test_bad_input_is_named():
     with pytest.raises(CalrecError, match="ties is 'luck'"):
         per_user_metrics(TargetRanks.misses(1, 1), "luck")
@@ -109,37 +165,9 @@ def test_bad_input_is_named():
         metric_names((0,))
     with pytest.raises(CalrecError, match=r"ndcg_cutoffs is \[5, 5\]"):
         metric_names((1,), (5, 5))
+    with pytest.raises(CalrecError, match=r"mrr_cutoffs is \[2.5\]"):
+        metric_names((1,), (5,), (2.5,))
     with pytest.raises(CalrecError, match=r"targets \(2,\) and scores \(1, 3\)"):
         ranking_metrics(np.zeros(2, int), np.zeros((1, 3)))
     with pytest.raises(CalrecError, match="hold NaN"):
         ranking_metrics(np.zeros(1, int), np.full((1, 3), np.nan))
-
-
-def test_resampled_means_are_means_of_drawn_users():
-    values = np.random.default_rng(0).random((50, 3))
-    drawn = np.random.default_rng(5).integers(0, 50, (20, 50), dtype=np.int64)
-    np.testing.assert_allclose(resampled_means(values, 20, 5), values[drawn].mean(axis=1), atol=1e-12)
-
-
-def test_intervals_are_deterministic_and_near_the_normal_ones():
-    values = (np.random.default_rng(1).random((2000, 2)) < [0.1, 0.5]).astype(float)
-    bounds = intervals(values, resamples=2000, seed=3)
-    np.testing.assert_array_equal(bounds, intervals(values, resamples=2000, seed=3))
-    assert (bounds != intervals(values, resamples=2000, seed=4)).any()
-    mean, error = values.mean(axis=0), values.std(axis=0) / math.sqrt(2000)
-    np.testing.assert_allclose(bounds, np.stack([mean - 1.96 * error, mean + 1.96 * error], axis=1), atol=0.0015)
-
-
-def test_metrics_of_rankings_share_the_resamples():
-    values = np.random.default_rng(2).random((300, 1))
-    means = resampled_means(np.concatenate([values, values - 0.25], axis=1), 50, 0)
-    np.testing.assert_allclose(means[:, 0] - means[:, 1], 0.25, atol=1e-12)
-
-
-def test_bad_bootstraps_are_named():
-    with pytest.raises(CalrecError, match="resamples=0"):
-        intervals(np.ones((3, 1)), resamples=0)
-    with pytest.raises(CalrecError, match="0 users"):
-        intervals(np.ones((0, 1)))
-    with pytest.raises(CalrecError, match="interval level is 95"):
-        intervals(np.ones((3, 1)), level=95)

@@ -1,6 +1,7 @@
 """report.html: the file is parsed and its embedded data read back; nothing here needs a browser but one slow test."""
 
 import base64
+import gzip
 import hashlib
 import importlib.resources
 import json
@@ -154,7 +155,10 @@ class Page(HTMLParser):
 
     @property
     def data(self):
-        return json.loads(self.text("script", type="application/json"))
+        packed = self.text("script", type="application/octet-stream")
+        return json.loads(self.text("script", type="application/json")) | json.loads(
+            gzip.decompress(base64.b64decode(packed))
+        )
 
 
 def read(path):
@@ -224,7 +228,7 @@ def test_is_one_file_without_addresses(page):
         assert "src" not in attributes, tag
         assert attributes.get("href", "#").startswith("#"), attributes
         assert tag not in ("link", "iframe", "img", "object", "embed", "base"), tag
-    code = "".join("".join(data) for _, given, data in page.raw if given.get("type") != "application/json")
+    code = "".join("".join(data) for _, given, data in page.raw if "type" not in given)
     for address in (r"https?:", r"\burl\(", r"@import", r"\bfetch\(", "XMLHttpRequest", "WebSocket", r"\bimport\b"):
         assert not re.search(address, code), address
 
@@ -243,7 +247,7 @@ def test_policy_allows_its_own_style_and_script_alone(page):
 def test_scripts_never_parse_text_as_html():
     folder = importlib.resources.files("calrec_jax.evaluate") / "page"
     scripts = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith(".js")}
-    assert sorted(scripts) == sorted(report._SCRIPTS)
+    assert sorted(scripts) == sorted([*report._SCRIPTS, "compare.js"])
     for name, text in scripts.items():
         for way in (
             "innerHTML",
@@ -264,13 +268,12 @@ def test_hostile_text_stays_text(run, tmp_path):
     arguments["training"] = {HOSTILE: tmp_path / "nowhere"}
     page = read(report.write_report(tmp_path / "report", **arguments))
     assert not [tag for tag, _ in page.tags if tag == "img"]
-    assert [tag for tag, _ in page.tags].count("script") == 2
+    assert [tag for tag, _ in page.tags].count("script") == 3
     assert not [given for _, given in page.tags if any(name.startswith("on") for name in given)]
     assert page.data["dataset"]["name"] == page.data["metrics"]["rows"][0]["name"] == HOSTILE
     assert page.data["training"][0]["name"] == HOSTILE
     assert HOSTILE in [row[0] for row in page.data["items"]]
-    texts = {each["text"] for user in page.data["users"] for each in user["completions"]["test-sample"]}
-    assert HOSTILE in texts
+    assert HOSTILE in page.data["texts"]
 
 
 @hypothesis.settings(deadline=None, max_examples=100)
@@ -344,14 +347,15 @@ def test_users_hold_history_ranking_completions_and_target(page, run, dataset):
         target = dataset.target(user, "test")
         history = dataset.history(user, "test")
         assert name_of[shown["target"]] == dataset.item_ids[target]
-        assert [name_of[item] for item, _ in shown["history"]["items"]] == dataset.item_ids[history].tolist()
-        assert shown["history"]["items"][0][1] == "1970-04-11"  # day 100
+        assert [name_of[item] for item in shown["history"]["items"]] == dataset.item_ids[history].tolist()
+        assert shown["history"]["dates"][0] == "1970-04-11"  # day 100
         row = np.float32(scores[user])
         order = np.argsort(-row, kind="stable")[:10]
-        top = shown["rankings"]["calrec"]["top"]
-        assert [name_of[item] for item, _, _ in top] == dataset.item_ids[order].tolist()
-        np.testing.assert_allclose([score for _, score, _ in top], row[order], rtol=1e-5)
-        assert [source for _, _, source in top] == sources[user][order].tolist()
+        top = shown["rankings"]["calrec"]
+        assert [name_of[item] for item in top["items"]] == dataset.item_ids[order].tolist()
+        np.testing.assert_allclose(top["scores"], row[order], rtol=1e-5)
+        shown_place = {-1: -1, 0: 1, 1: 0, 2: 1, 3: 2}  # the second completion is the most probable, 0 and 2 are one
+        assert top["sources"] == [shown_place[source] for source in sources[user][order].tolist()]
         first, last = shown["rankings"]["calrec"]["rank"]
         assert (first, last) == (1 + (row > row[target]).sum(), (row >= row[target]).sum())
         assert shown["rankings"]["calrec"]["depth"] == NUM_ITEMS
@@ -359,10 +363,22 @@ def test_users_hold_history_ranking_completions_and_target(page, run, dataset):
 
 def test_completions_are_folded_and_sorted(page):
     for user in page.data["users"]:
-        groups = user["completions"]["test-sample"]
-        assert [group["log_prob"] for group in groups] == [-1.5, -3.25, -9.0]
-        assert [group["indices"] for group in groups] == [[1], [0, 2], [3]]
-        assert [group["target"] for group in groups] == [True, False, False]
+        made = user["completions"]["test-sample"]
+        assert made["log_probs"] == [-1.5, -3.25, -9.0]
+        assert [page.data["texts"][text] for text in made["texts"]][1:] == ["Title: A.", HOSTILE]
+        assert (made["times"], made["targets"], made["unfinished"]) == ([1, 2, 1], [0], [])
+        assert (made["of"], made["distinct"]) == (4, 3)
+
+
+def test_less_probable_completions_are_left_out_but_never_the_targets(dataset):
+    store = showcase._Store()
+    row = {"texts": [f"t{n}" for n in range(30)], "log_probs": [-float(n) for n in range(30)], "num_tokens": [3] * 30,
+           "finished": [True] * 30, "item_ids": None}  # fmt: skip
+    made, place_of = showcase._fold(row, "i", "t25", store)
+    assert [store.values()[text] for text in made["texts"]] == [*(f"t{n}" for n in range(12)), "t25"]
+    assert (made["targets"], made["distinct"], made["of"]) == ([12], 30, 30)
+    assert (place_of[11], place_of[25], place_of[12]) == (11, 12, -1)
+    assert [showcase._shown_place(source, place_of) for source in (-1, 3, 12, 25)] == [-1, 3, -2, 12]
 
 
 def test_items_carry_attributes_and_absent_ones_are_null(page, dataset):
@@ -381,9 +397,9 @@ def test_long_texts_and_histories_are_cut_and_counted(tmp_path):
     whole = dataset.history(0, "test")
     assert len(user["history"]["items"]) == showcase.HISTORY_CAP
     assert user["history"]["earlier"] == len(whole) - showcase.HISTORY_CAP
-    last = made["items"][user["history"]["items"][-1][0]]
+    last = made["items"][user["history"]["items"][-1]]
     assert last[4] == dataset.item_ids[whole[-1]]
-    text = user["completions"]["c"][0]["text"]
+    text = made["texts"][user["completions"]["c"]["texts"][0]]
     assert len(text) == showcase.COMPLETION_CAP and text.endswith("…")
 
 
@@ -402,6 +418,66 @@ def test_a_hundred_users_stay_under_two_megabytes(tmp_path):
     )  # fmt: skip
     assert len(read(path).data["users"]) == 100
     assert path.stat().st_size < 2e6
+
+
+def test_ten_thousand_users_stay_under_ten_megabytes(tmp_path):
+    """Histories, three rankings and 32 completions each, texts like a catalogue's with one word in seven changed."""
+    num_users, num_items = 10_000, 3_000
+    rng = np.random.default_rng(0)
+    words = [
+        f"{a}{b}"
+        for a in ("bra", "ste", "pol", "fil", "cop", "tap")
+        for b in ("ss", "el", "ymer", "ter", "per", "e", "ing")
+    ]
+    dataset = make_dataset(tmp_path / "x", num_users=num_users, num_items=num_items, longest=14)
+    texts_of_items = [" ".join(rng.choice(words, 20)) for _ in range(num_items)]
+    changed = rng.random((num_users, 32)) < 0.5
+    which = np.minimum(rng.geometric(0.004, (num_users, 32)), num_items - 1)
+    texts = [
+        [
+            texts_of_items[k][:-8] + rng.choice(words) if new else texts_of_items[k]
+            for k, new in zip(row, news, strict=True)
+        ]
+        for row, news in zip(which, changed, strict=True)
+    ]
+    made = write_completions(tmp_path / "c", dataset, texts, (-30 * rng.random((num_users, 32))).tolist())
+    rankings = {}
+    for name in ("calrec", "beam", "tower"):
+        items = rng.permuted(np.tile(np.arange(num_items), (100, 1)), axis=1)[:, :20][rng.integers(0, 100, num_users)]
+        table = {
+            "user_id": dataset.user_ids.tolist(),
+            "item_ids": dataset.item_ids[items].tolist(),
+            "scores": np.sort(rng.random((num_users, 20)).astype(np.float32))[:, ::-1].tolist(),
+            "sources": pa.array(rng.integers(-1, 32, (num_users, 20)).tolist(), pa.list_(pa.int16())),
+            "ties_beyond_depth": pa.array(np.zeros(num_users, np.int32)),
+        }
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(table), tmp_path / name / "part-00000.parquet")
+        artifacts.write_manifest(tmp_path / name, kind="ranking", made_from={"completions": made}, settings={})
+        rankings[name] = tmp_path / name
+    path = report.write_report(
+        tmp_path / "report", dataset=dataset, metrics=make_metrics(dataset, tuple(rankings)), rankings=rankings,
+        completions={"c": tmp_path / "c"}, training={}, users=num_users,
+    )  # fmt: skip
+    data = read(path).data
+    assert len(data["users"]) == num_users and set(data["users"][7]["rankings"]) == set(rankings)
+    assert len(data["users"][7]["completions"]["c"]["texts"]) == showcase.COMPLETIONS_CAP
+    assert path.stat().st_size < 10e6
+
+
+def test_configs_and_decoding_times_are_read_once_each(tmp_path):
+    for name, gin in (("stage1", "train.seed = 1"), ("stage2", "train.seed = 1"), ("c", "decode.seed = 2")):
+        (tmp_path / name).mkdir()
+        artifacts.write_json(tmp_path / name / "manifest.json", {"gin": gin})
+    (tmp_path / "bare").mkdir()
+    folders = {name: tmp_path / name for name in ("stage1", "stage2", "c", "bare")}
+    assert report._read_configs(folders) == [
+        {"names": ["stage1", "stage2"], "gin": "train.seed = 1"},
+        {"names": ["c"], "gin": "decode.seed = 2"},
+    ]
+    artifacts.write_json(tmp_path / "c" / "timing.json", {"users": 5, "seconds": 2.0})
+    assert report._read_decoding("c", tmp_path / "c") == {"name": "c", "users": 5, "seconds": 2.0}
+    assert report._read_decoding("bare", tmp_path / "bare") is None
 
 
 @st.composite
@@ -427,7 +503,7 @@ def test_target_places_equal_a_slow_reference(drawn):
     block = RankedLists(
         users=np.arange(len(scores)), items=np.pad(order, pad, constant_values=-1).astype(np.int32),
         scores=np.pad(kept, pad, constant_values=np.nan), lengths=np.full(len(scores), depth),
-        ties_beyond_depth=beyond.astype(np.int32),
+        ties_beyond_depth=beyond.astype(np.int32), sources=np.full((len(scores), depth + 2), -1, np.int16),
     )  # fmt: skip
     places = showcase.target_places(block, targets)
     for row, target in enumerate(targets):
@@ -580,37 +656,88 @@ def test_errors_name_what_is_wrong(run, dataset, tmp_path):
     assert not (tmp_path / "run" / "report" / "report.html").exists()
 
 
-def rendered(path: Path, profile: Path) -> str:
-    """The page's elements after its scripts ran, as Chromium writes them."""
+def rendered(path: Path, profile: Path, *more: str) -> tuple[str, str]:
+    """The page's elements after its scripts ran, as Chromium writes them, and what it put on the console."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("needs Chromium, and there is none on this machine")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=4000"]  # fmt: skip
-    command = [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", f"file://{path}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+             "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=8000",
+             "--enable-logging=stderr", "--v=0"]  # fmt: skip
+    command = [browser, *flags, *more, f"--user-data-dir={profile}", "--dump-dom", f"file://{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE:" in line)
+
+
+def full_report(folder):
+    """A report by the verb itself: rankings with completions, one made by others, all sections."""
+    from ranking_data import completion_rows
+    from ranking_data import make_dataset as make_tools
+    from ranking_data import write_completions as write_made
+
+    from calrec_jax.evaluate.run import evaluate
+    from calrec_jax.rank.run import rank
+
+    tools = make_tools(folder / "dataset", num_users=30)
+    made = write_made(folder / "completions" / "test-sample", tools, completion_rows(tools, seed=2))
+    ranking = rank(folder / "rankings" / "test-calrec", tools, made)
+    theirs = folder / "theirs.trec"
+    theirs.write_text("".join(f"{user} Q0 {tools.item_ids[3]} 1 0.5 t\n" for user in ("u000", "stranger")))
+    (folder / "stage1").mkdir()
+    lines = [{"step": s, "split": "train", "loss": 4 / s} for s in range(1, 31)]
+    (folder / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = Line(run_dir=str(folder), target="Tools")
+    line._add_seconds("train stage1", 61.5, ("gpu", 4))
+    line._add_seconds("rank test-calrec", 3.0)
+    evaluate(folder / "report", tools, {"calrec": ranking}, files={"theirs": theirs}, resamples=200)
+    return folder / "report" / "report.html"
 
 
 @pytest.mark.slow
-def test_a_browser_draws_every_section(run, dataset, tmp_path):
-    root, arguments, *_ = run
-    shown = rendered(report.write_report(root / "report-browser", **arguments), tmp_path / "a")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_draws_every_section(tmp_path, width):
+    """Needs Chromium. Every section has its content, nothing is on the console, and nothing is wider than the window."""
+    path = full_report(tmp_path / "run")
+    shown, console = rendered(path, tmp_path / "profile", f"--window-size={width},900")
     body = shown[: shown.index('<script type="application/json"')]
-    best = arguments["metrics"]["rows"][1]["metrics"]["ndcg@10"]
-    assert f"{best:.4f}"[1:] in body
     for fragment in (
-        'class="row-calrec"',
-        'class="series',
-        "1 min 02 s",
-        "95.0 %",
-        "Its rank in",
-        "Completions test-sample",
-    ):
+        'class="row-calrec"', 'class="series', "1 min 02 s", "History left out", "p, Holm", "by purchases in the history",
+        "Coverage", "Could not be matched", "stranger", "Target reached", "Written, missed",
+        "Accelerator-seconds a user", "8.2 s (gpu)", "Its rank in", "Completions test-sample", "<details>",
+    ):  # fmt: skip
         assert fragment in body, fragment
-    assert "NaN" not in body and "undefined" not in body
-    bare = {"dataset": dataset, "metrics": make_metrics(dataset), "rankings": {}, "completions": {}, "training": {}}
-    shown = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
+    assert "NaN" not in body and "undefined" not in body and "[object" not in body
+    assert console == ""
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_of_a_comparison(tmp_path):
+    """Needs Chromium."""
+    from calrec_jax.evaluate.compare import compare, parse_groups
+
+    for name in ("a", "b"):
+        full_report(tmp_path / name)
+    compare(parse_groups([str(tmp_path / "a"), str(tmp_path / "b")]), tmp_path / "out", resamples=100)
+    shown, console = rendered(tmp_path / "out" / "compare.html", tmp_path / "profile")
     body = shown[: shown.index('<script type="application/json"')]
-    for sentence in ("No training run belongs", "No timings were recorded", "No rankings belong to this report"):
+    for fragment in ("b: calrec", "a: theirs", "Differences, user by user", "p, Holm", "The reference.", 'class="bar"'):
+        assert fragment in body, fragment
+    assert "NaN" not in body and "undefined" not in body and console == ""
+
+
+@pytest.mark.slow
+def test_a_browser_draws_a_bare_report(dataset, tmp_path):
+    """Needs Chromium."""
+    bare = {"dataset": dataset, "metrics": make_metrics(dataset), "rankings": {}, "completions": {}, "training": {}}
+    shown, console = rendered(report.write_report(tmp_path / "run" / "report", **bare), tmp_path / "b")
+    body = shown[: shown.index('<script type="application/json"')]
+    for sentence in (
+        "No training run belongs",
+        "No timings were recorded",
+        "No rankings belong to this report",
+        "No completions belong",
+        "holds no slices",
+        "nothing to compare",
+    ):
         assert sentence in body
-    assert "<img" not in body and "<title>1</title>" not in body
+    assert "<img" not in body and "<title>1</title>" not in body and console == ""

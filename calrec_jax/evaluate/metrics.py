@@ -3,8 +3,9 @@
 Notable: a metric is a function of two numbers a user, how many items score higher than the target (`n_greater`) and
 how many others score the same (`n_equal`); what a tie is worth is a choice that is made here, four ways, and never by
 the order of a list. With one relevant item, Recall@k is the share of users whose target is among the first k (the hit
-rate), NDCG@k is 1/log2(1 + rank) up to k, MRR is 1/rank. A user without a rank (no ranking, or the target beyond its
-depth) is a miss: 0 in every metric.
+rate), NDCG@k is 1/log2(1 + rank) up to k, MRR is 1/rank, MRR@k the same up to k. A user without a rank (no ranking, or
+the target beyond its depth) is a miss: 0 in every metric. Where lists are cut, "mrr" is MRR at that depth, and what is
+printed says so.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from calrec_jax.errors import CalrecError
 TIES = ("optimistic", "pessimistic", "expected", "mean_rank")
 CUTOFFS = (1, 5, 10, 50)
 NDCG_CUTOFFS = (10, 50)
+MRR_CUTOFFS: tuple[int, ...] = ()  # beside the whole list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,29 @@ def target_ranks(targets: np.ndarray, primary: np.ndarray, secondary: np.ndarray
     )
 
 
-def metric_names(cutoffs: Sequence[int] = CUTOFFS, ndcg_cutoffs: Sequence[int] = NDCG_CUTOFFS) -> list[str]:
-    """Names of the metrics, as in `metrics.json`: "recall@k" …, "ndcg@k" …, "mrr"."""
-    for setting, values in (("cutoffs", cutoffs), ("ndcg_cutoffs", ndcg_cutoffs)):
-        if any(cutoff < 1 for cutoff in values) or len(set(values)) != len(values):
-            raise CalrecError(f"{setting} is {list(values)}: they must be different and at least 1")
-    return [*(f"recall@{k}" for k in cutoffs), *(f"ndcg@{k}" for k in ndcg_cutoffs), "mrr"]
+def metric_names(
+    cutoffs: Sequence[int] = CUTOFFS,
+    ndcg_cutoffs: Sequence[int] = NDCG_CUTOFFS,
+    mrr_cutoffs: Sequence[int] = MRR_CUTOFFS,
+) -> list[str]:
+    """Names of the metrics, as in `metrics.json`: "recall@k" …, "ndcg@k" …, "mrr@k" …, "mrr".
+
+    Raises:
+      CalrecError: a cut-off is not a whole number from 1 on, or stands there twice.
+    """
+    for setting, values in (("cutoffs", cutoffs), ("ndcg_cutoffs", ndcg_cutoffs), ("mrr_cutoffs", mrr_cutoffs)):
+        whole = all(isinstance(cutoff, int) and not isinstance(cutoff, bool) and cutoff >= 1 for cutoff in values)
+        if not whole or len(set(values)) != len(values):
+            raise CalrecError(f"{setting} is {list(values)}: they must be different whole numbers from 1 on")
+    families = (("recall", cutoffs), ("ndcg", ndcg_cutoffs), ("mrr", mrr_cutoffs))
+    return [*(f"{family}@{k}" for family, values in families for k in values), "mrr"]
+
+
+def headline(names: Sequence[str]) -> str:
+    """The metric that stands for the others where one must: NDCG@10, else the first NDCG, else MRR."""
+    if "ndcg@10" in names:
+        return "ndcg@10"
+    return next((name for name in names if name.startswith("ndcg@")), "mrr")
 
 
 def per_user_metrics(
@@ -88,6 +107,7 @@ def per_user_metrics(
     ties: str,
     cutoffs: Sequence[int] = CUTOFFS,
     ndcg_cutoffs: Sequence[int] = NDCG_CUTOFFS,
+    mrr_cutoffs: Sequence[int] = MRR_CUTOFFS,
 ) -> np.ndarray:
     """Every metric of every user.
 
@@ -97,6 +117,7 @@ def per_user_metrics(
         over the places of the tie) or "mean_rank" (the metric at the mean of those places).
       cutoffs: of Recall.
       ndcg_cutoffs: of NDCG.
+      mrr_cutoffs: of MRR, beside the whole list.
 
     Returns:
       [U, M] float64, columns as `metric_names` names them.
@@ -104,26 +125,31 @@ def per_user_metrics(
     Raises:
       CalrecError: `ties` is unknown, or a cut-off is not valid.
     """
-    metric_names(cutoffs, ndcg_cutoffs)
+    metric_names(cutoffs, ndcg_cutoffs, mrr_cutoffs)
     if ties not in TIES:
         raise CalrecError(f"ties is {ties!r}: choose one of {list(TIES)}")
     if ties == "expected":
-        values = _expected(ranks, cutoffs, ndcg_cutoffs)
+        values = _expected(ranks, cutoffs, ndcg_cutoffs, mrr_cutoffs)
     else:
         share = {"optimistic": 0.0, "pessimistic": 1.0, "mean_rank": 0.5}[ties]
-        values = _at_rank(1.0 + ranks.n_greater + share * ranks.n_equal, ranks.depth, cutoffs, ndcg_cutoffs)
+        rank = 1.0 + ranks.n_greater + share * ranks.n_equal
+        values = _at_rank(rank, ranks.depth, cutoffs, ndcg_cutoffs, mrr_cutoffs)
     return np.where(ranks.found[:, None], values, 0.0)
 
 
-def _at_rank(rank: np.ndarray, depth: int, cutoffs: Sequence[int], ndcg_cutoffs: Sequence[int]) -> np.ndarray:
+def _at_rank(
+    rank: np.ndarray, depth: int, cutoffs: Sequence[int], ndcg_cutoffs: Sequence[int], mrr_cutoffs: Sequence[int]
+) -> np.ndarray:
     columns = [rank <= min(k, depth) for k in cutoffs]
     gain = 1.0 / np.log2(1.0 + rank)
     columns += [np.where(rank <= min(k, depth), gain, 0.0) for k in ndcg_cutoffs]
-    columns.append(np.where(rank <= depth, 1.0 / rank, 0.0))
+    columns += [np.where(rank <= min(k, depth), 1.0 / rank, 0.0) for k in (*mrr_cutoffs, depth)]
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def _expected(ranks: TargetRanks, cutoffs: Sequence[int], ndcg_cutoffs: Sequence[int]) -> np.ndarray:
+def _expected(
+    ranks: TargetRanks, cutoffs: Sequence[int], ndcg_cutoffs: Sequence[int], mrr_cutoffs: Sequence[int]
+) -> np.ndarray:
     """Means over the places n_greater+1 … n_greater+n_equal+1, as differences of prefix sums."""
     positions = np.arange(1, ranks.depth + 1, dtype=np.float64)
     begin = ranks.n_greater
@@ -136,7 +162,7 @@ def _expected(ranks: TargetRanks, cutoffs: Sequence[int], ndcg_cutoffs: Sequence
 
     columns = [mean(np.ones_like(positions), k) for k in cutoffs]
     columns += [mean(1.0 / np.log2(1.0 + positions), k) for k in ndcg_cutoffs]
-    columns.append(mean(1.0 / positions, ranks.depth))
+    columns += [mean(1.0 / positions, k) for k in (*mrr_cutoffs, ranks.depth)]
     return np.stack(columns, axis=1)
 
 
@@ -146,6 +172,7 @@ def ranking_metrics(
     *,
     cutoffs: Sequence[int] = CUTOFFS,
     ndcg_cutoffs: Sequence[int] = NDCG_CUTOFFS,
+    mrr_cutoffs: Sequence[int] = MRR_CUTOFFS,
     ties: str = "mean_rank",
 ) -> dict[str, float]:
     """Means of the metrics over users, for SeqIO metric functions and notebooks.
@@ -157,6 +184,7 @@ def ranking_metrics(
       scores: [U, I], greater is better; equal means tied.
       cutoffs: of Recall.
       ndcg_cutoffs: of NDCG.
+      mrr_cutoffs: of MRR, beside the whole catalogue.
       ties: see `per_user_metrics`.
 
     Returns:
@@ -170,6 +198,6 @@ def ranking_metrics(
         raise CalrecError(f"targets {targets.shape} and scores {scores.shape} must be [U] and [U, I] with U > 0")
     if np.isnan(scores).any():
         raise CalrecError("scores hold NaN; a ranking needs numbers that compare")
-    values = per_user_metrics(target_ranks(targets, scores), ties, cutoffs, ndcg_cutoffs)
+    values = per_user_metrics(target_ranks(targets, scores), ties, cutoffs, ndcg_cutoffs, mrr_cutoffs)
     means = values.mean(axis=0)
-    return dict(zip(metric_names(cutoffs, ndcg_cutoffs), map(float, means), strict=True))
+    return dict(zip(metric_names(cutoffs, ndcg_cutoffs, mrr_cutoffs), map(float, means), strict=True))

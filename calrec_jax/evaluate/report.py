@@ -1,12 +1,13 @@
 """`report.html`: one file that opens offline, from `metrics.json` and the artefacts behind it.
 
 The page is a template, a style sheet and a few small scripts (`page/`), all written into the file, with the data as
-JSON in a script element that is never executed. The scripts build every element with `createElement` and text nodes: a
-title is text, whatever is in it. A content security policy allows the page its own style and script, by hash, and no
-network. The bytes depend on the inputs alone: no date, no path.
+JSON in a script element that is never executed, and the single users' as compressed JSON in another. The scripts build
+every element with `createElement` and text nodes: a title is text, whatever is in it. A content security policy allows
+the page its own style and script, by hash, and no network. The bytes depend on the inputs alone: no date, no path.
 """
 
 import base64
+import gzip
 import hashlib
 import html
 import importlib.resources
@@ -14,7 +15,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate import showcase
 
 REPORT_FILE = "report.html"
-_SCRIPTS = ("dom.js", "charts.js", "results.js", "training.js", "users.js", "main.js")
+_SHARED_SCRIPTS = ("dom.js", "charts.js", "results.js")
+_SCRIPTS = (*_SHARED_SCRIPTS, "analysis.js", "training.js", "data.js", "users.js", "main.js")
+_USERS = ("items", "texts", "users")  # what is compressed
 _MOST_POINTS = 300  # of a curve; more are not seen at the width of a plot and make the file large
 _FIRST_METRICS = ("loss", "loss_next_item", "loss_user_target", "loss_target_target")
 _LAST_METRICS = ("learning_rate", "tokens_per_second")
@@ -35,21 +38,24 @@ def write_report(
     *,
     dataset: Dataset,
     metrics: dict[str, Any],
-    rankings: Mapping[str, Path],
+    rankings: Mapping[str, showcase.Ranking],
     completions: Mapping[str, Path],
     training: Mapping[str, Path],
+    run_dir: Path | None = None,
     users: int = 100,
     seed: int = 0,
 ) -> Path:
     """Writes `out/report.html`.
 
     Args:
-      out: the report's folder, made when missing. Step times are read from `timing.json` in the folder above, if there.
+      out: the report's folder, made when missing.
       dataset: the evaluated dataset.
       metrics: what `metrics.json` holds.
-      rankings: folder of ranking shards by the name of its row in `metrics`; may be empty.
+      rankings: folder of ranking shards, or a ranking made by others, by the name of its row in `metrics`; may be
+        empty.
       completions: folder of completion shards by name; may be empty.
       training: folder of a stage by name, in order; the curves are its `metrics.jsonl`. May be empty.
+      run_dir: where `timing.json` is, if there is one; None: the folder above `out`.
       users: how many single users the page shows, at most.
       seed: of the draw of these users.
 
@@ -68,6 +74,7 @@ def write_report(
         raise CalrecError(f"users={users}: the report shows at least one user.")
     names = _ranking_order(metrics, rankings)
     drawn = showcase.draw_users(dataset, split, rankings[names[0]] if names else None, users, seed)
+    shown = showcase.show_users(dataset, split, drawn, rankings, completions)
     data = {
         "metrics": metrics,
         "dataset": {
@@ -78,36 +85,67 @@ def write_report(
         },
         "card": dataset.card,
         "training": [_read_stage(name, Path(path)) for name, path in training.items()],
-        "timing": _read_timing(Path(out).parent / "timing.json"),
+        "timing": _read_timing(Path(run_dir or Path(out).parent) / "timing.json"),
+        "decoding": [made for name, path in completions.items() if (made := _read_decoding(name, Path(path)))],
+        "configs": _read_configs({**training, **completions, **rankings}),
         "rankings": names,
-        "sample": {"of": len(dataset.users_with(split)), "seed": seed, "ranking": names[0] if names else None},
-        **showcase.show_users(dataset, split, drawn, rankings, completions),
+        "sample": {
+            "of": len(dataset.users_with(split)),
+            "seed": seed,
+            "ranking": names[0] if names else None,
+        },
+        "completions_of": shown["completions_of"],
     }
     path = Path(out) / REPORT_FILE
+    page = render_page("report.html", _SCRIPTS, dataset.name, f"{dataset.name}, {split}: CALRec report", data,
+                       {name: shown[name] for name in _USERS})  # fmt: skip
+    return write_page(path, page)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Writes a page; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.atomic_file(path) as temporary:
         # Text of a data file may hold lone surrogates (JSON allows them); UTF-8 does not.
-        temporary.write_bytes(render_page(dataset.name, split, data).encode("utf-8", "replace"))
+        temporary.write_bytes(page.encode("utf-8", "replace"))
     return path
 
 
-def render_page(name: str, split: str, data: Mapping[str, Any]) -> str:
-    """Fills the template with style, scripts and data."""
+def render_page(
+    template: str, scripts: Sequence[str], name: str, title: str, data: Mapping[str, Any], packed: Any = None
+) -> str:
+    """Fills a template of `page/` with style, scripts and data.
+
+    Args:
+      template: file name.
+      scripts: file names, in order.
+      name: heading.
+      title: of the window.
+      data: as JSON.
+      packed: more data, compressed (`pack_json`).
+    """
     page = importlib.resources.files("calrec_jax.evaluate") / "page"
     style = "\n" + (page / "report.css").read_text(encoding="utf-8")
-    script = "\n" + "\n".join((page / file).read_text(encoding="utf-8") for file in _SCRIPTS)
+    script = "\n" + "\n".join((page / file).read_text(encoding="utf-8") for file in scripts)
     parts = {
-        "title": html.escape(f"{name}, {split}: CALRec report"),
-        "dataset": html.escape(name),
+        "title": html.escape(title),
+        "name": html.escape(name),
         "style": style,
         "style_hash": _content_hash(style),
         "script": script,
         "script_hash": _content_hash(script),
         "data": embed_json(data),
+        "packed": pack_json(packed),
     }
-    template = (page / "report.html").read_text(encoding="utf-8")
+    whole = (page / template).read_text(encoding="utf-8")
     # One pass: a marker inside a part stays what it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], whole)
+
+
+def pack_json(value: Any) -> str:
+    """JSON, compressed by gzip, in base64: the page unpacks it on opening. The same value gives the same text."""
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)).decode()
 
 
 def embed_json(value: Any) -> str:
@@ -136,7 +174,7 @@ def _content_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _ranking_order(metrics: Mapping[str, Any], rankings: Mapping[str, Path]) -> list[str]:
+def _ranking_order(metrics: Mapping[str, Any], rankings: Mapping[str, Any]) -> list[str]:
     """Names of the rankings, CALRec's own first, in the order of the table."""
     rows = {row["name"]: (row.get("kind") != "calrec", place) for place, row in enumerate(metrics["rows"])}
     return sorted(rankings, key=lambda name: rows.get(name, (True, len(rows))))
@@ -218,7 +256,26 @@ def _read_timing(path: Path) -> list[dict[str, Any]]:
     steps = timing.get("steps") if isinstance(timing, dict) else None
     if not isinstance(steps, list) or not all(_is_step(step) for step in steps):
         raise CalrecError(f"{path} does not list steps with their seconds. Remove it: the next run writes it again.")
-    return [{"step": step["step"], "seconds": step["seconds"]} for step in steps]
+    kept = ("step", "seconds", "device", "device_seconds")
+    return [{name: step[name] for name in kept if name in step} for step in steps]
+
+
+def _read_decoding(name: str, folder: Path) -> dict[str, Any] | None:
+    """What the last run of a decode took, as `decode` writes it; None where it did not."""
+    if not (folder / "timing.json").is_file():
+        return None
+    timing = artifacts.read_json(folder / "timing.json")
+    return {"name": name, **timing} if isinstance(timing, dict) else None
+
+
+def _read_configs(folders: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The gin configs in the artefacts' manifests, each once, with the names of those that have it."""
+    found: dict[str, list[str]] = {}
+    for name, folder in folders.items():
+        path = Path(folder) / artifacts.MANIFEST if isinstance(folder, str | Path) else None
+        if path is not None and path.is_file():
+            found.setdefault(str(artifacts.read_json(path).get("gin", "")), []).append(name)
+    return [{"names": names, "gin": text} for text, names in found.items() if text.strip()]
 
 
 def _is_step(step: Any) -> bool:

@@ -90,7 +90,11 @@ class Completions:
                 raise CalrecError(f"{path} cannot be read as Parquet ({error}); decode again") from error
         return pa.concat_tables(tables, promote_options="permissive")
 
-    def _lists(self, column: str, hint: str = "decode again") -> tuple[pa.Array, np.ndarray]:
+    def has(self, column: str) -> bool:
+        """Whether every user has a value in a column that was read (`item_ids` is null in a free decode)."""
+        return len(self._table) > 0 and self._table[column].null_count == 0
+
+    def lists(self, column: str, hint: str = "decode again") -> tuple[pa.Array, np.ndarray]:
         """The flat values of a list column and each user's number of them."""
         values = self._table[column].combine_chunks()
         if values.null_count or pa.types.is_null(values.type):
@@ -101,9 +105,9 @@ class Completions:
             raise CalrecError(f"{self.folder}: {column} holds {flat.null_count} nulls; {hint}")
         return flat, lengths
 
-    def _numbers(self, column: str, lengths: np.ndarray) -> np.ndarray:
+    def numbers(self, column: str, lengths: np.ndarray) -> np.ndarray:
         """A list column of numbers with as many of them as `lengths` says."""
-        flat, own = self._lists(column)
+        flat, own = self.lists(column)
         if not np.array_equal(own, lengths):
             first = self._dataset.user_ids[self.users[np.flatnonzero(own != lengths)[0]]]
             raise CalrecError(f"{self.folder}: user {first!r} has {column} of another length than texts; decode again")
@@ -111,28 +115,28 @@ class Completions:
 
     def user_texts(self, score: str) -> UserTexts:
         """The distinct texts of all `users`, with `score` ("sum" or "mean") of their log-probabilities."""
-        flat, lengths = self._lists("texts")
+        flat, lengths = self.lists("texts")
         coded = flat.dictionary_encode()
         return UserTexts.from_flat(
             coded.dictionary.to_pylist(),
             coded.indices.to_numpy(zero_copy_only=False),
             lengths,
-            self._numbers("log_probs", lengths),
-            self._numbers("num_tokens", lengths) if score == "mean" else None,
+            self.numbers("log_probs", lengths),
+            self.numbers("num_tokens", lengths) if score == "mean" else None,
             score,
         )
 
     def constrained(self) -> Constrained:
         """The items of a constrained decode."""
         hint = "only a constrained decode has them: set source='completions', or decode constrained"
-        flat, lengths = self._lists("item_ids", hint)
+        flat, lengths = self.lists("item_ids", hint)
         items = pc.index_in(flat, value_set=pa.array(self._dataset.item_ids, pa.string()))
         if items.null_count:
             unknown = flat.filter(pc.is_null(items))[0].as_py()
             raise CalrecError(f"{self.folder} names item {unknown!r}, which is not in the catalogue of the dataset")
         check_count(lengths, "decode.num_beams")
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        log_probs = self._numbers("log_probs", lengths).astype(np.float64)
+        log_probs = self.numbers("log_probs", lengths).astype(np.float64)
         if not np.isfinite(log_probs).all():
             raise CalrecError(f"{self.folder}: log_probs hold NaN or infinite values; decode again")
         return Constrained(starts, items.to_numpy(zero_copy_only=False), log_probs, len(self._dataset.item_ids))
@@ -140,7 +144,7 @@ class Completions:
     def tower(self) -> Tower:
         """The users' vectors and those of the whole catalogue."""
         hint = "only a decode that writes embeddings has them"
-        flat, lengths = self._lists("user_embedding", hint)
+        flat, lengths = self.lists("user_embedding", hint)
         path = self.folder / "item_embeddings.parquet"
         if not path.exists():
             raise CalrecError(f"{path} does not exist; {hint}")

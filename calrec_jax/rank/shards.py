@@ -99,6 +99,7 @@ class RankedLists:
       scores: [B, depth] float32, NaN past the end of a list.
       lengths: [B] int64.
       ties_beyond_depth: [B] int32.
+      sources: [B, depth] int16, the completion that gave the score; −1 none, and past the end of a list.
     """
 
     users: np.ndarray
@@ -106,6 +107,7 @@ class RankedLists:
     scores: np.ndarray
     lengths: np.ndarray
     ties_beyond_depth: np.ndarray
+    sources: np.ndarray
 
     def take(self, rows: np.ndarray) -> "RankedLists":
         """These rows alone."""
@@ -137,6 +139,7 @@ def _pad(lists: list[RankedLists]) -> RankedLists:
         scores=np.concatenate([widen(block.scores, np.nan) for block in lists]),
         lengths=np.concatenate([block.lengths for block in lists]),
         ties_beyond_depth=np.concatenate([block.ties_beyond_depth for block in lists]),
+        sources=np.concatenate([widen(block.sources, -1) for block in lists]),
     )
 
 
@@ -234,9 +237,14 @@ class RankingReader:
         beyond = np.zeros(len(lengths), np.int32)
         if "ties_beyond_depth" in columns:
             beyond = columns["ties_beyond_depth"].fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
+        sources = np.full(inside.shape, -1, np.int16)
+        if "sources" in columns:
+            own = columns["sources"].flatten().fill_null(-1).to_numpy(zero_copy_only=False)
+            if len(own) == len(values):
+                sources[inside] = own
         users = self.users[self._starts[number] : self._starts[number + 1]]
         self._check(users, items, scores, inside)
-        return RankedLists(users, items, scores, lengths, beyond)
+        return RankedLists(users, items, scores, lengths, beyond, sources)
 
     def _codes(self, flat: pa.Array) -> np.ndarray:
         """Item indices of a flat array of item ids."""

@@ -18,7 +18,8 @@ function drawn(container, draw) {
   let width = 0;
   const observer = new ResizeObserver((entries) => {
     const now = Math.floor(entries[0].contentRect.width);
-    if (now > 0 && now !== width) { width = now; draw(now); }
+    // Drawn in the next frame: a plot that changes its height while sizes are observed makes the browser complain.
+    if (now > 0 && now !== width) { width = now; requestAnimationFrame(() => draw(now)); }
   });
   observer.observe(container);
 }
@@ -68,6 +69,32 @@ function barPlot(container, bars, description) {
     holder.replaceChildren(picture);
     labels.forEach((label) => fitText(label, labelRoom));
   });
+}
+
+// groups: [{name, note, bars}], a small plot for each, on one scale.
+function groupedBars(container, groups, description) {
+  // Groups of a few users have intervals that would flatten all others: they do not set the scale and are cut by it.
+  const large = groups.filter((group) => group.users >= 30);
+  const highest = Math.max(1e-9, ...(large.length ? large : groups).flatMap((group) => group.bars.map((bar) => Math.max(bar.value, bar.interval ? bar.interval[1] : 0))));
+  const legend = html("ul", { class: "legend" }, (groups[0] ? groups[0].bars : []).map((bar) => html("li", {}, html("i", { class: "swatch", colour: bar.colour, "aria-hidden": "true" }), bar.name)));
+  const grid = html("div", { class: "slice-grid" }, groups.map((group) => {
+    const holder = html("div");
+    drawn(holder, (width) => {
+      const pitch = 13;
+      const x = (value) => 2 + ((width - 52) * Math.min(value, highest)) / highest;
+      const picture = svg("svg", { viewBox: `0 0 ${width} ${group.bars.length * pitch + 4}`, height: group.bars.length * pitch + 4, role: "img",
+        "aria-label": `${description}, ${group.name}: ` + group.bars.map((bar) => `${bar.name} ${metric(bar.value)}`).join(", ") });
+      group.bars.forEach((bar, row) => {
+        const middle = row * pitch + pitch / 2 + 2;
+        picture.append(svg("rect", { class: "bar", colour: bar.colour, x: x(0), y: middle - 4, width: Math.max(0.5, x(bar.value) - x(0)), height: 8, rx: 1 }, svg("title", {}, `${bar.name} ${metric(bar.value)}`)));
+        if (bar.interval) picture.append(svg("path", { class: "whisker", d: `M${x(bar.interval[0])} ${middle}H${x(bar.interval[1])}` }));
+        picture.append(svg("text", { class: bar.strong ? "strong" : null, x: width, y: middle + 4, "text-anchor": "end" }, metric(bar.value)));
+      });
+      holder.replaceChildren(picture);
+    });
+    return html("figure", {}, html("h4", {}, group.name), html("p", { class: "note" }, group.note), holder);
+  }));
+  container.append(legend, grid);
 }
 
 function lineSwatch(series) {

@@ -24,6 +24,7 @@ const byId = (id) => document.getElementById(id);
 const replace = (node, ...children) => node.replaceChildren(...children.flat(Infinity).filter(Boolean));
 const notice = (...text) => html("p", { class: "notice" }, ...text);
 
+const isRecord = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const count = (value) => (isNumber(value) ? value.toLocaleString("en-US", { maximumFractionDigits: 2 }) : "–");
 const words = (name) => String(name).replaceAll("_", " ");
@@ -72,4 +73,19 @@ function choice(legend, name, options, chosen, onchange, legendShown = true) {
     html("span", {}, label)));
   return html("fieldset", { class: "choice" },
     html("legend", { class: legendShown ? null : "visually-hidden" }, legend), html("div", { class: "choice-options" }, inputs));
+}
+
+// A labelled choice from a list; `options` are [value, label] pairs.
+function select(label, options, chosen, onchange) {
+  return html("label", { class: "select" }, html("span", { class: "field-label" }, label), html("select", { onchange: (event) => onchange(event.target.value) },
+    options.map(([value, text]) => html("option", { value, selected: value === chosen }, text))));
+}
+
+// The compressed data of a script element, or null where it is empty; the browser's own gzip, nothing is loaded.
+async function unpack(id) {
+  const text = byId(id).textContent.trim();
+  if (!text) return null;
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
 }

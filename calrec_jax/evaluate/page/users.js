@@ -3,6 +3,7 @@
 
 const HIT_CUT = 10;
 const FIRST_SHOWN = { history: 8, completions: 8 };
+const LISTED = 400; // users in the list at once; a search finds the others
 
 const rankText = (rank) => (Number.isInteger(rank) ? count(rank) : rank.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 }));
 
@@ -28,8 +29,8 @@ function itemNode(report, reference, tags = []) {
 function historyPanel(report, user) {
   const { items, earlier } = user.history;
   const hidden = Math.max(0, items.length - FIRST_SHOWN.history);
-  const entries = items.map(([reference, date], index) => html("li", { hidden: index < hidden }, html("span", {}, count(earlier + index + 1)),
-    itemNode(report, reference, reference === user.target ? [html("span", { class: "tag good" }, "the target, bought before")] : []), html("span", { class: "side" }, html("span", {}, date))));
+  const entries = items.map((reference, index) => html("li", { hidden: index < hidden }, html("span", {}, count(earlier + index + 1)),
+    itemNode(report, reference, reference === user.target ? [html("span", { class: "tag good" }, "the target, bought before")] : []), html("span", { class: "side" }, html("span", {}, user.history.dates[index]))));
   const list = html("ol", { class: "items" }, entries);
   const more = hidden ? html("p", { class: "history-more" }, html("button", { type: "button", class: "link", onclick: () => {
     entries.forEach((entry) => { entry.hidden = false; });
@@ -43,21 +44,21 @@ function historyPanel(report, user) {
 function rankingPanel(report, user, ranking, place) {
   const entry = user.rankings[ranking];
   if (!entry) return html("div", { class: "panel" }, html("h4", {}, "Ranking"), notice("This ranking has no row for this user."));
-  const bought = new Set(user.history.items.map(([reference]) => reference));
+  const bought = new Set(user.history.items);
   const completions = user.completions[report.completions_of[ranking]];
-  const format = scoreFormat(entry.top.map((each) => each[1]));
-  const rows = entry.top.map(([reference, score, source], index) => {
+  const format = scoreFormat(entry.scores);
+  const rows = entry.items.map((reference, index) => {
+    const [score, source] = [entry.scores[index], entry.sources[index]];
     const tags = [];
     if (reference === user.target) tags.push(html("span", { class: "tag good" }, "target"));
     if (bought.has(reference)) tags.push(html("span", { class: "tag" }, "bought before"));
-    const group = completions && source >= 0 ? completions.findIndex((each) => each.indices.includes(source)) : -1;
-    const from = source < 0 ? null : group < 0 ? `completion ${source + 1}`
-      : html("button", { type: "button", class: "link", onclick: () => pointTo(group) }, `completion ${group + 1}`);
+    const from = source === -1 || !completions ? null : source < 0 ? "a completion not shown"
+      : html("button", { type: "button", class: "link", onclick: () => pointTo(source) }, `completion ${source + 1}`);
     return html("li", { class: reference === user.target ? "is-target" : null }, html("span", {}, index + 1), itemNode(report, reference, tags),
       html("span", { class: "side" }, from ? html("span", {}, from) : null, html("b", { "data-label": "score" }, format(score))));
   });
-  const shown = entry.top.some(([reference]) => reference === user.target);
-  const note = `The first ${count(entry.top.length)} of ${count(entry.depth)} ranked items, with their scores${completions ? " and the completions that gave them" : ""}.` + (shown ? "" : ` The target: ${place.rank === null ? "" : "rank "}${place.text}.`);
+  const shown = entry.items.includes(user.target);
+  const note = `The first ${count(entry.items.length)} of ${count(entry.depth)} ranked items, with their scores${completions ? " and the completions that gave them" : ""}.` + (shown ? "" : ` The target: ${place.rank === null ? "" : "rank "}${place.text}.`);
   return html("div", { class: "panel" }, html("h4", {}, `Ranking ${ranking}`), html("p", { class: "note" }, note), html("ol", { class: "items" }, rows));
 }
 
@@ -74,27 +75,31 @@ function pointTo(group) {
 function completionsPanel(report, user, ranking) {
   const name = report.completions_of[ranking];
   if (!name) return html("div", { class: "panel" }, html("h4", {}, "Completions"), notice(`No completions belong to the ranking ${ranking}.`));
-  const groups = user.completions[name];
-  if (!groups || !groups.length) return html("div", { class: "panel" }, html("h4", {}, `Completions ${name}`), notice("No completion was made for this user."));
-  const total = groups.reduce((sum, each) => sum + each.indices.length, 0);
-  const rows = groups.map((each, index) => {
+  const made = user.completions[name];
+  if (!made || !made.texts.length) return html("div", { class: "panel" }, html("h4", {}, `Completions ${name}`), notice("No completion was made for this user."));
+  const rows = made.texts.map((text, index) => {
     const tags = [];
-    if (each.target) tags.push(html("span", { class: "tag good" }, "target's text"));
-    if (each.indices.length > 1) tags.push(html("span", { class: "tag" }, `${each.indices.length} times`));
-    if (!each.finished) tags.push(html("span", { class: "tag" }, "no end within the limit"));
-    return html("li", { id: `completion-${index}`, tabindex: -1, hidden: index >= FIRST_SHOWN.completions, class: each.target ? "is-target" : null }, html("span", {}, index + 1),
-      html("div", { class: "name" }, each.text || html("em", {}, "empty"), spaced(tags)),
-      html("span", { class: "side" }, html("span", {}, isNumber(each.tokens) ? `${count(each.tokens)} ${each.tokens === 1 ? "token" : "tokens"}` : ""),
-        html("b", { "data-label": "log-probability" }, isNumber(each.log_prob) ? each.log_prob.toFixed(2).replace("-", "−") : "–")));
+    if (made.targets.includes(index)) tags.push(html("span", { class: "tag good" }, "target's text"));
+    if (made.times[index] > 1) tags.push(html("span", { class: "tag" }, `${made.times[index]} times`));
+    if (made.unfinished.includes(index)) tags.push(html("span", { class: "tag" }, "no end within the limit"));
+    const [tokens, logProb] = [made.tokens[index], made.log_probs[index]];
+    return html("li", { id: `completion-${index}`, tabindex: -1, hidden: index >= FIRST_SHOWN.completions, class: made.targets.includes(index) ? "is-target" : null }, html("span", {}, index + 1),
+      html("div", { class: "name" }, report.texts[text] || html("em", {}, "empty"), spaced(tags)),
+      html("span", { class: "side" }, html("span", {}, isNumber(tokens) ? `${count(tokens)} ${tokens === 1 ? "token" : "tokens"}` : ""),
+        html("span", { title: "probability" }, isNumber(logProb) ? probability(logProb) : ""),
+        html("b", { "data-label": "log-probability" }, isNumber(logProb) ? logProb.toFixed(2).replace("-", "−") : "–")));
   });
   const hidden = rows.filter((row) => row.hidden).length;
   const more = hidden ? html("p", { class: "more" }, html("button", { type: "button", class: "link", id: "all-completions", onclick: () => {
     rows.forEach((row) => { row.hidden = false; });
     more.remove();
   } }, `Show ${count(hidden)} more`)) : null;
-  const note = `${count(total)} ${total === 1 ? "completion" : "completions"}, ${count(groups.length)} distinct, with log-probabilities in nats, most probable first.`;
+  const left = made.distinct - made.texts.length;
+  const note = `${count(made.of)} ${made.of === 1 ? "completion" : "completions"}, ${count(made.distinct)} distinct, with probabilities and log-probabilities in nats, most probable first.` + (left ? ` ${count(left)} less probable ones are not in this page.` : "");
   return html("div", { class: "panel" }, html("h4", {}, `Completions ${name}`), html("p", { class: "note" }, note), html("ol", { class: "items" }, rows), more);
 }
+
+const probability = (logProb) => { const value = Math.exp(logProb); return value >= 0.0005 ? `${(100 * value).toFixed(value >= 0.1 ? 0 : value >= 0.01 ? 1 : 2)} %` : value.toExponential(0).replace("e", " e"); };
 
 function renderUsers(report) {
   const body = byId("users-body");
@@ -110,14 +115,14 @@ function renderUsers(report) {
   const matches = (user) => {
     if (state.filter !== "all" && placeOf(user, state.ranking).hit !== (state.filter === "hits")) return false;
     if (!state.query) return true;
-    const titles = [user.target, ...user.history.items.map(([reference]) => reference)].map((reference) => report.items[reference][0] || "");
+    const titles = [user.target, ...user.history.items].map((reference) => report.items[reference][0] || "");
     return [user.id, ...titles].some((text) => text.toLowerCase().includes(state.query));
   };
 
   function showFilter() {
     if (!state.ranking) return;
     const hits = users.filter((user) => placeOf(user, state.ranking).hit).length;
-    replace(filterHolder, choice("Show", "user-filter", [["all", `All ${users.length}`], ["hits", `Hits ${hits}`], ["misses", `Misses ${users.length - hits}`]], state.filter, (value) => {
+    replace(filterHolder, choice("Show", "user-filter", [["all", `All ${count(users.length)}`], ["hits", `Hits ${count(hits)}`], ["misses", `Misses ${count(users.length - hits)}`]], state.filter, (value) => {
       state.filter = value;
       showList();
     }, false));
@@ -126,11 +131,12 @@ function renderUsers(report) {
   function showList() {
     visible = users.map((user, index) => index).filter((index) => matches(users[index]));
     if (visible.length && !visible.includes(state.user)) state.user = visible[0];
-    replace(list, visible.length ? visible.map((index) => {
+    const listed = visible.slice(0, LISTED);
+    replace(list, visible.length ? listed.map((index) => {
       const place = placeOf(users[index], state.ranking);
       return html("li", {}, html("button", { type: "button", "data-user": index, "aria-current": index === state.user ? "true" : null, onclick: () => select(index) }, html("span", {}, users[index].id),
         html("span", { class: place.hit ? "rank hit" : "rank" }, place.rank === null ? "–" : rankText(place.rank))));
-    }) : html("li", { class: "empty" }, "No user matches."));
+    }).concat(visible.length > listed.length ? html("li", { class: "empty" }, `${count(visible.length - listed.length)} more: search, or step on with Next.`) : []) : html("li", { class: "empty" }, "No user matches."));
     announced.textContent = `${visible.length} users match.`;
     showUser();
   }
