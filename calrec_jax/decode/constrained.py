@@ -204,7 +204,7 @@ class ConstrainedBeam:
         """What the leaves' texts have beyond the nodes."""
         c, trie = self._catalogue, self._trie
         depth = trie.depths(nodes)
-        item = trie.leaf_items[trie.leaf_offsets[leaves]]
+        item = trie.leaf_items[trie.leaf_offsets[np.maximum(leaves, 0)]]
         counts = np.where(leaves >= 0, trie.leaf_lengths[leaves] - depth, 0).astype(np.int32)
         place = np.arange(scoring.bucket(int(counts.max())))
         inside = place < counts[:, :, None]
