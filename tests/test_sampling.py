@@ -120,7 +120,7 @@ def test_scores_equal_teacher_forcing(tiny, done):
 def test_rows_that_are_freed_and_a_ring_that_grows_change_nothing(tiny, done, monkeypatch):
     """Many users through few rows: they enter at different steps, and the ring is turned while they are written."""
     model, params = tiny
-    monkeypatch.setattr("calrec_jax.decode.sampling.PHASE_TOKENS", 3)
+    monkeypatch.setattr("calrec_jax.decode.sampling.RING_TOKENS", 2)
     many = sampler(model, params, batch_users=3, live_share=0.4)
     users = [f"user {i}" for i in range(8)]
     parts = many(batch_of((PROMPTS * 3)[:8] + PROMPTS, 12, users + USERS, SEED))

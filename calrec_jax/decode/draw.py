@@ -49,10 +49,15 @@ def draw(
     cumulative = jnp.cumsum(by_column)
     targets = uniforms * cumulative[-1]
     column = jax.vmap(_first_above, (None, None, 0))(cumulative, by_column, targets)
-    inside = jnp.take(weights, column, axis=1).T
+    inside = jnp.take(table, column, axis=1).T
+    if top_k is None and top_p is None:
+        own = jnp.exp((inside - top) / temperature)  # made again for the few, so that all weights need not be kept
+    else:
+        own = jnp.take(weights, column, axis=1).T
     rest = targets - (cumulative - by_column)[column]
-    row = jax.vmap(_first_above)(jnp.cumsum(inside, axis=-1), inside, rest)
-    return row * _COLUMNS + column, table[row, column] - top - log_total
+    row = jax.vmap(_first_above)(jnp.cumsum(own, axis=-1), own, rest)
+    log_probs = jnp.take_along_axis(inside, row[:, None], axis=1)[:, 0] - top - log_total
+    return row * _COLUMNS + column, log_probs
 
 
 def _first_above(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from calrec_jax.decode.prefix import Batch, Compiled, Completed, Said, by_rows, 
 from calrec_jax.models.attention import Cells
 from calrec_jax.models.transformer import KeyValues, Transformer, empty_suffix
 
-PHASE_TOKENS = 32  # by which the suffix grows
+RING_TOKENS = 16  # by which the suffix grows; other sizes than multiples of 16 cost a CPU twice as much a step
 
 
 def _phase_steps() -> int:
@@ -69,7 +69,7 @@ class Sampler:
         """Completes prompts of any number of users; see `prefix.Decoder`."""
         rows = _Rows(self._places, self._num_samples, self._rows, len(batch.users), self._limit)
         prefix = self._empty_prefix(batch.tokens.shape[1])
-        suffix = empty_suffix(self._model.config, self._rows, min(PHASE_TOKENS, max(1, self._limit - 1)))
+        suffix = empty_suffix(self._model.config, self._rows, 2 * RING_TOKENS)
         clock, steps = 0, _phase_steps()
         embedding = np.zeros((len(batch.users), self._model.config.embed_dim), np.float32)
         while rows.waiting() or rows.alive.any():
@@ -96,9 +96,8 @@ class Sampler:
         size = suffix[0][0].shape[2]
         if wanted <= size:
             return suffix, clock
-        more = -(-wanted // PHASE_TOKENS) * PHASE_TOKENS
-        more = min(more, self._limit - 1)
-        return self.compiled(_turn, suffix, np.int32(clock % size), more=more - size), size
+        more = -(-wanted // RING_TOKENS) * RING_TOKENS - size
+        return self.compiled(_turn, suffix, np.int32(clock % size), more=more), size
 
     def _admit(self, rows: _Rows, users: range, batch: Batch, prefix: KeyValues, embedding: np.ndarray) -> KeyValues:
         """Prefills users into free places and draws their first tokens."""
