@@ -34,10 +34,13 @@ class Batch(NamedTuple):
 
     def part(self, begin: int, size: int) -> Batch:
         """`size` users from `begin` on, filled up where there are not so many."""
-        part = Batch(*(x[begin : begin + size] for x in self))
-        missing = size - len(part.users)
-        full = (np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in part[:3])
-        return Batch(*full, np.pad(part.users, (0, missing), constant_values=-1))
+        missing = max(0, begin + size - len(self.users))
+
+        def filled(x: np.ndarray, value: int = 0) -> np.ndarray:
+            own = x[begin : begin + size]
+            return np.pad(own, [(0, missing)] + [(0, 0)] * (own.ndim - 1), constant_values=value)
+
+        return Batch(filled(self.tokens), filled(self.lengths), filled(self.keys), filled(self.users, -1))
 
 
 class Completed(NamedTuple):
@@ -89,7 +92,8 @@ def in_batches(complete: Callable[[Batch], Completed], batch: Batch, size: int, 
         done = complete(batch.part(begin, size))
         parts.append(Completed(*(None if x is None else x[:real] for x in done)))  # type: ignore[arg-type]
         said(real, int(parts[-1].num_tokens.sum()))
-    return Completed(*(None if xs[0] is None else np.concatenate(xs) for xs in zip(*parts, strict=True)))
+    whole = (None if xs[0] is None else np.concatenate(xs) for xs in zip(*parts, strict=True))
+    return Completed(*whole)  # type: ignore[arg-type]
 
 
 class Compiled:

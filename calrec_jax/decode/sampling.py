@@ -82,7 +82,7 @@ class Sampler:
                     self._extend, self._params, prefix, suffix, np.int32(clock), *state, donate=(2,), steps=steps
                 )
                 clock += steps
-                rows.read(*jax.device_get(written), self._eos_id)
+                rows.read(jax.device_get(written), self._eos_id)
             said(*rows.left())
         return Completed(rows.tokens, rows.num_tokens, rows.log_probs, rows.finished, embedding)
 
@@ -247,8 +247,9 @@ class _Rows:
         """Tokens of the longest completion that is being written."""
         return int(self.ages[self.cell_of[self.alive] // self._samples].max())
 
-    def read(self, tokens: np.ndarray, scores: np.ndarray, counts: np.ndarray, alive: np.ndarray, eos: int):
-        """Enters what a phase has written."""
+    def read(self, written: list[np.ndarray], eos: int) -> None:
+        """Enters what a phase has written; see `Sampler._extend`."""
+        tokens, scores, counts, alive = written
         place, sample = self.cell_of // self._samples, self.cell_of % self._samples
         user, ages = self._user_of[place], self.ages[place]
         for i in range(tokens.shape[1]):
