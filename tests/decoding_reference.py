@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calrec_jax.decode.prefix import Batch
+from calrec_jax.decode.prompts import user_keys
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 
 EOS = 1
@@ -53,3 +55,10 @@ def padded(prompts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarra
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens, np.array([len(p) for p in prompts])
+
+
+def batch_of(prompts: list[list[int]], length: int, users: list[str] | None = None, seed: int = 3) -> Batch:
+    """Prompts as a decoder takes them, filled up to `length`; the users' streams are those of `seed`."""
+    tokens, lengths = padded(prompts, length)
+    names = users or [str(i) for i in range(len(prompts))]
+    return Batch(tokens, lengths.astype(np.int32), user_keys(names, seed), np.arange(len(prompts)))

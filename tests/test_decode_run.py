@@ -1,9 +1,14 @@
 """The verb `decode`: prompts, shards, what belongs together, restart; and the towers against the training batch."""
 
 import dataclasses
+import pickle
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from decoding_reference import tiny_model
@@ -19,6 +24,7 @@ from calrec_jax.decode.run import decode
 from calrec_jax.decode.writer import Writer
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.towers import mean_pool, unit
+from calrec_jax.rank.completions import Completions
 
 MAX_TARGET, MAX_HISTORY = 24, 90
 SETTINGS = {"num_samples": 3, "max_new_tokens": 8, "temperature": 0.7, "batch_users": 8, "shard_users": 10}
@@ -69,8 +75,8 @@ def sampled(dataset, small_run, stage, decoded, tmp_path_factory):
     """One decode of all users, with embeddings."""
     real = Writer.complete
 
-    def recorded(self, batch):
-        decoded.append((batch, real(self, batch)))
+    def recorded(self, batch, *said):
+        decoded.append((batch, real(self, batch, *said)))
         return decoded[-1][1]
 
     out = tmp_path_factory.mktemp("completions") / "test-sample"
@@ -121,15 +127,15 @@ def test_a_user_without_history_has_a_prompt(dataset, catalogue):
     assert prompts.tokens(np.array([4]), 64)[0, : len(frame)].tolist() == frame
 
 
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 9))
-def test_buckets_bound_padding_and_batches_hold_one_bucket(lengths, batch_users):
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
+def test_buckets_bound_padding_and_groups_hold_one_bucket(lengths):
     lengths = np.sort(np.array(lengths))
     buckets = prompting.bucket_lengths(lengths)
     assert (buckets >= lengths).all()
     assert (buckets - lengths < np.maximum(64, lengths / 2)).all()
-    groups = prompting.batches(np.arange(len(lengths)), buckets, batch_users)
+    groups = prompting.groups(np.arange(len(lengths)), buckets)
     assert np.concatenate(groups).tolist() == list(range(len(lengths)))
-    assert all(len(set(buckets[g])) == 1 and len(g) <= batch_users for g in groups)
+    assert all(len(set(buckets[g])) == 1 for g in groups) and len(groups) == len(set(buckets))
 
 
 def test_rows_of_the_contract(dataset, small_run, sampled, decoded):
@@ -197,11 +203,11 @@ def test_interrupted_resumed_and_byte_identical(dataset, small_run, sampled, tmp
     settings = SETTINGS
     real = Writer.complete
 
-    def interrupted(self, batch):
+    def interrupted(self, batch, *said):
         calls.append(len(batch))
-        if len(calls) == 4:
+        if sum(calls) > 15:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, *said)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Writer, "complete", interrupted)
@@ -256,6 +262,120 @@ def test_constrained_completions_are_items(dataset, small_run, tmp_path, renorma
             np.testing.assert_allclose(np.exp(distinct).sum(), 1, atol=1e-4)
 
 
+def test_items_out_of_stock_and_histories_are_left_out(dataset, small_run, tmp_path):
+    stock = tmp_path / "stock.csv"
+    stock.write_text(f"item_id\n{dataset.item_ids[5]}\n{dataset.item_ids[1]}\n")
+    out = tmp_path / "beam"
+    settings = {"mode": "constrained_beam", "num_beams": 32, "batch_users": 23, "with_embeddings": False}
+    asked = settings | {"leave_out_history": "all", "leave_out_items": str(stock)}
+    decode(out, dataset, small_run.tokenizer, "stage", **asked)
+    rows = rows_of(out)
+    for user, user_id in enumerate(dataset.user_ids):
+        history = set(dataset.history(user, "test").tolist())
+        expected = [item for i, item in enumerate(dataset.item_ids) if i not in history | {1, 5}]
+        assert sorted(rows[user_id]["item_ids"]) == expected
+    assert artifacts.read_manifest(out, kind="completions")["made_from"]["leave_out_items"] == artifacts.hash_file(
+        stock
+    )
+    stock.write_text("item_id\n" + "\n".join(dataset.item_ids) + "\n")
+    with pytest.raises(CalrecError, match="catalogue has no items that are not left out"):
+        decode(tmp_path / "none", dataset, small_run.tokenizer, "stage", **asked)
+
+
+def test_a_catalogue_the_model_never_saw_needs_no_training(dataset, small_run, catalogue, tmp_path):
+    """New items for the same users: the beam gives all of them, with the model's own scores of their texts."""
+    texts = [f"{text} Second edition." for text in dataset.texts]
+    new = dataclasses.replace(dataset, texts=texts, hash="9" * 64)
+    settings = {"batch_users": 23, "with_embeddings": False}
+    beam = {"mode": "constrained_beam", "num_beams": 32, "renormalise": False} | settings
+    decode(tmp_path / "beam", new, small_run.tokenizer, "stage", **beam)
+    found = rows_of(tmp_path / "beam")
+    every = {"user_id": dataset.user_ids.tolist(), "item_ids": [dataset.item_ids.tolist()] * len(dataset.user_ids)}
+    pq.write_table(pa.table(every), tmp_path / "all.parquet")
+    score = {"mode": "score", "candidates": str(tmp_path / "all.parquet")} | settings
+    decode(tmp_path / "score", new, small_run.tokenizer, "stage", **score)
+    scored = rows_of(tmp_path / "score")
+    for user, row in found.items():
+        assert sorted(row["item_ids"]) == dataset.item_ids.tolist()
+        assert set(row["texts"]) == set(texts)
+        exact = dict(zip(scored[user]["item_ids"], scored[user]["log_probs"], strict=True))
+        np.testing.assert_allclose(row["log_probs"], [exact[item] for item in row["item_ids"]], atol=1e-4)
+        assert scored[user]["log_probs"] == sorted(scored[user]["log_probs"], reverse=True)
+    ranked = Completions(tmp_path / "score", new, ["item_ids", "log_probs"]).constrained()
+    assert ranked is not None
+
+
+def test_the_tower_alone(dataset, small_run, sampled, tmp_path):
+    decode(tmp_path / "tower", dataset, small_run.tokenizer, "stage", mode="tower", batch_users=8)
+    rows, whole = rows_of(tmp_path / "tower"), rows_of(sampled)
+    for user, row in whole.items():
+        assert rows[user]["texts"] is None and rows[user]["log_probs"] is None
+        np.testing.assert_allclose(rows[user]["user_embedding"], row["user_embedding"], atol=1e-5)
+    assert Completions(tmp_path / "tower", dataset, ["user_embedding"]).tower() is not None
+
+
+@pytest.mark.parametrize("mode", ["beam", "stochastic_beam"])
+def test_beams_write_the_contract(dataset, small_run, tmp_path, mode):
+    settings = {"num_beams": 4, "num_samples": 4, "max_new_tokens": 6, "batch_users": 23, "with_embeddings": False}
+    decode(tmp_path / mode, dataset, small_run.tokenizer, "stage", mode=mode, **settings)
+    for row in rows_of(tmp_path / mode).values():
+        assert len(row["texts"]) == len(row["log_probs"]) == 4 and row["item_ids"] is None
+        assert mode != "beam" or row["log_probs"] == sorted(row["log_probs"], reverse=True)
+
+
+def test_processes_share_the_shards(dataset, small_run, sampled, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shared"
+    shards_of = {"process_count": 2, **SETTINGS}
+    decode(out, dataset, small_run.tokenizer, "stage", process_index=1, **shards_of)
+    assert sorted(p.name for p in out.glob("*.parquet")) == ["item_embeddings.parquet", "part-00001.parquet"]
+    assert "others have 2 files left to write, part-00000.parquet first" in capsys.readouterr().out
+    assert not (out / "manifest.json").exists()
+    monkeypatch.setenv("CALREC_PROCESS_INDEX", "0")
+    monkeypatch.setenv("CALREC_PROCESS_COUNT", "2")
+    decode(out, dataset, small_run.tokenizer, "stage", **SETTINGS)
+    manifests = [artifacts.read_manifest(folder, kind="completions") for folder in (out, sampled)]
+    assert manifests[0]["hash"] == manifests[1]["hash"], "as one process would have made it, byte for byte"
+    assert {p.name for p in out.glob("timing*")} == {"timing.json", "timing-00001.json"}
+    monkeypatch.setenv("CALREC_PROCESS_INDEX", "2")
+    with pytest.raises(CalrecError, match="decode.process_index=2 of decode.process_count=2"):
+        decode(out, dataset, small_run.tokenizer, "stage", **SETTINGS)
+    monkeypatch.setenv("CALREC_PROCESS_INDEX", "two")
+    with pytest.raises(CalrecError, match="CALREC_PROCESS_INDEX='two' in the environment"):
+        decode(out, dataset, small_run.tokenizer, "stage", **SETTINGS)
+
+
+_KILLED = """
+import dataclasses, os, pickle, signal, sys
+from calrec_jax.decode import run, shards
+dataset, tokenizer, stage, settings, out, dies = pickle.load(open(sys.argv[1], "rb"))
+run.load_checkpoint = lambda folder: (stage[0].config, stage[1], dict(stage[2]))
+real, calls = shards.pq.write_table, []
+def write(table, path, **options):
+    real(table, path, **options)
+    calls.append(path)
+    if dies and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)  # the second shard is written, and not yet in its place
+shards.pq.write_table = write
+run.decode(out, dataset, tokenizer, "stage", **settings)
+"""
+
+
+def test_kill_nine_loses_the_shard_in_work_alone(dataset, small_run, stage, sampled, tmp_path):
+    out, work = tmp_path / "killed", tmp_path / "work.pkl"
+    for dies in (True, False):
+        work.write_bytes(pickle.dumps((dataset, small_run.tokenizer, jax.device_get(stage), SETTINGS, out, dies)))
+        done = subprocess.run([sys.executable, "-c", _KILLED, str(work)], capture_output=True, text=True, check=False)
+        assert done.returncode == (-signal.SIGKILL if dies else 0), done.stderr
+        if dies:
+            assert sorted(p.name for p in out.glob("part-*")) == ["part-00000.parquet"]
+            first = (out / "part-00000.parquet").stat().st_mtime_ns
+    assert "10 users were there already" in done.stdout
+    assert (out / "part-00000.parquet").stat().st_mtime_ns == first
+    assert not list(out.glob(".tmp-*")), "what the killed process left is gone"
+    for path in sampled.glob("*.parquet"):
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -266,6 +386,16 @@ def test_constrained_completions_are_items(dataset, small_run, tmp_path, renorma
         ({"num_samples": 2.5}, r"decode.num_samples=2.5: must be a positive whole number"),
         ({"mode": "constrained_beam", "num_beams": 0}, r"decode.num_beams=0: must be a positive whole number"),
         ({"max_users": -1}, r"decode.max_users=-1"),
+        ({"top_k": 0}, r"decode.top_k=0: must be a positive whole number"),
+        ({"top_p": 1.5}, r"decode.top_p=1.5: must be at most 1"),
+        ({"live_share": 0.0}, r"decode.live_share=0.0: must be a positive number"),
+        (
+            {"mode": "constrained_beam", "leave_out_history": "first"},
+            r"decode.leave_out_history='first': must be one of",
+        ),
+        ({"mode": "score"}, r"decode.candidates is not set"),
+        ({"mode": "tower", "with_embeddings": False}, r"mode 'tower' makes nothing else"),
+        ({"process_index": 1}, r"decode.process_index=1 of decode.process_count=None: both must be set"),
         ({"seed": -1}, r"decode.seed=-1: must be a whole number"),
     ],
 )

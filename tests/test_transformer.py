@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from calrec_jax.errors import CalrecError
+from calrec_jax.models.attention import Cells
 from calrec_jax.models.transformer import Transformer, TransformerConfig, empty_suffix
 
 SMALL = TransformerConfig(embed_dim=24, num_layers=2, num_heads=6, num_kv_heads=2, mlp_dim=40, attention_block=4)
@@ -128,16 +129,46 @@ def test_decoding_step_by_step_equals_the_whole_sequence():
     mask = places < lengths[:, None]
     positions = np.where(mask, places, 0).astype(np.int32)
     _, prefix = apply(model, params, prompt, positions, mask.astype(np.int32), method="prefill")
-    suffix = empty_suffix(SMALL, users, samples, steps)
-    for step in range(steps):
-        at = np.broadcast_to(lengths[:, None] + step, (users, samples)).astype(np.int32)
-        hidden, suffix = apply(
-            model, params, suffix_tokens[:, :, step], at, jnp.int32(step), prefix, mask, suffix, method="decode"
-        )
-        for b in range(users):
-            for n in range(samples):
-                sequence = np.concatenate([prompt[b, : lengths[b]], suffix_tokens[b, n, : step + 1]])
-                np.testing.assert_allclose(hidden[b, n], reference_hidden(params, SMALL, sequence)[-1], atol=3e-5)
+    flat = suffix_tokens.reshape(users * samples, steps)
+    at = np.repeat(lengths, samples)[:, None] + np.arange(steps, dtype=np.int32)
+    cells = Cells(np.array([[0, 2, 4], [1, 3, 5]]), np.array([0, 3, 1, 4, 2, 5]))  # rows by sample, not by user
+    expected = np.array(
+        [
+            [reference_hidden(params, SMALL, [*prompt[b, : lengths[b]], *suffix_tokens[b, n]])[-steps:]
+             for n in range(samples)] for b in range(users)
+        ]
+    ).reshape(users * samples, steps, -1)  # fmt: skip
+
+    def run(rows, cells):
+        suffix, out = empty_suffix(SMALL, len(flat), steps), []
+        for step in range(steps):
+            written = np.arange(steps)[None, None] <= step
+            now = (flat[rows, step : step + 1], at[rows, step : step + 1], jnp.int32(step))
+            hidden, suffix = apply(model, params, *now, prefix, mask, suffix, written, cells, method="decode")
+            out.append(hidden[:, 0])
+        return np.stack(out, axis=1)
+
+    np.testing.assert_allclose(run(slice(None), None), expected, atol=3e-5)
+    by_sample = cells.cell_of
+    np.testing.assert_allclose(run(by_sample, cells), expected[by_sample], atol=3e-5)
+    # All tokens at once, and the last two behind the first two.
+    causal = np.tri(steps, dtype=bool)[None]
+    none = empty_suffix(SMALL, len(flat), 0)
+    whole, _ = apply(model, params, flat, at, None, prefix, mask, none, causal, method="decode")
+    np.testing.assert_allclose(whole, expected, atol=3e-5)
+    _, half = apply(model, params, flat[:, :2], at[:, :2], None, prefix, mask, none, causal[:, :2, :2], method="decode")
+    rest, _ = apply(model, params, flat[:, 2:], at[:, 2:], None, prefix, mask, half, causal[:, 2:], method="decode")
+    np.testing.assert_allclose(rest, expected[:, 2:], atol=3e-5)
+
+
+def test_logits_of_chosen_tokens():
+    model, params = build()
+    rng = np.random.default_rng(4)
+    hidden = rng.normal(size=(5, SMALL.embed_dim)).astype(np.float32)
+    tokens = rng.integers(0, VOCAB, (5, 3))
+    whole = apply(model, params, hidden, method="logits")
+    chosen = apply(model, params, hidden, tokens, method="logits_of")
+    np.testing.assert_allclose(chosen, np.take_along_axis(np.asarray(whole), tokens, 1), atol=1e-5)
 
 
 def test_dropout_acts_in_training_only():

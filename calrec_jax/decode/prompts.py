@@ -135,16 +135,14 @@ def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
     return (lengths + step - 1) // step * step
 
 
-def batches(users: np.ndarray, buckets: np.ndarray, batch_users: int) -> list[np.ndarray]:
-    """Splits users into batches of one bucket each, in their order.
+def groups(users: np.ndarray, buckets: np.ndarray) -> list[np.ndarray]:
+    """Splits users into groups of one bucket each, in their order.
 
     Args:
       users: in the order of their buckets.
       buckets: of the same users, monotone.
-      batch_users: most users a batch.
     """
-    groups = np.split(users, np.flatnonzero(np.diff(buckets)) + 1) if len(users) else []
-    return [group[i : i + batch_users] for group in groups for i in range(0, len(group), batch_users)]
+    return np.split(users, np.flatnonzero(np.diff(buckets)) + 1) if len(users) else []
 
 
 def user_keys(user_ids: Sequence[str], seed: int) -> np.ndarray:

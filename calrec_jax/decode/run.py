@@ -6,6 +6,7 @@ carries, says what it answers.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,19 @@ import gin
 import numpy as np
 
 from calrec_jax import artifacts
-from calrec_jax.data.dataset import SPLITS, Dataset
+from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.examples import TokenCatalogue, tokenise_catalogue
+from calrec_jax.decode import given, modes, shards
 from calrec_jax.decode import prompts as prompting
-from calrec_jax.decode import shards
-from calrec_jax.decode.beam import BeamSearch
 from calrec_jax.decode.embeddings import item_embeddings
-from calrec_jax.decode.sampling import Sampler
-from calrec_jax.decode.trie import Trie, build_trie
-from calrec_jax.decode.writer import Decoder, Writer
+from calrec_jax.decode.prefix import Compiled
+from calrec_jax.decode.writer import Writer
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import Transformer
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train.checkpoints import load_checkpoint
 
-MODES = ("sample", "constrained_beam")
+_PROCESS_VARIABLES = ("CALREC_PROCESS_INDEX", "CALREC_PROCESS_COUNT")
 
 
 @gin.configurable(denylist=["out", "dataset", "tokenizer", "checkpoint", "split", "prompts"])
@@ -41,17 +40,29 @@ def decode(
     mode: str = "sample",
     num_samples: int = 32,
     temperature: float = 0.5,
+    top_k: int | None = None,
+    top_p: float | None = None,
     num_beams: int = 32,
     renormalise: bool = True,
+    leave_out_history: str = "none",
+    leave_out_items: str | None = None,
+    candidates: str | None = None,
+    num_candidates: int = 100,
     max_new_tokens: int | None = None,
     batch_users: int = 32,
+    live_share: float = 0.7,
     shard_users: int = 1024,
     seed: int = 0,
     max_users: int | None = None,
     with_embeddings: bool = True,
+    process_index: int | None = None,
+    process_count: int | None = None,
     prompts: prompting.GivenPrompts | None = None,
 ) -> Path:
     """Writes completions for the users of a split (docs/architecture.md, "Completions").
+
+    Several processes, of one host or of many that see the same folder, share the work when each is given its number:
+    they decode different shards, and who finds all of them there writes the manifest.
 
     Args:
       out: folder of the completions.
@@ -59,17 +70,31 @@ def decode(
       tokenizer: the checkpoint's.
       checkpoint: a finished training stage.
       split: "validation" or "test".
-      mode: "sample" (the paper) or "constrained_beam" (each completion is an item of the catalogue).
-      num_samples: N, samples a user; mode "sample".
-      temperature: of sampling; log-probabilities are always at temperature 1; mode "sample".
-      num_beams: hypotheses kept; mode "constrained_beam".
-      renormalise: see `beam.BeamSearch`; mode "constrained_beam".
-      max_new_tokens: T, EOS included; None is the checkpoint's max_target_tokens; mode "sample".
-      batch_users: users a batch.
+      mode: "sample" (the paper); "beam", the most probable texts; "stochastic_beam", samples without replacement;
+        "constrained_beam", where each completion is an item of the catalogue; "score", given items by their
+        log-probability; "tower", the users' vectors alone.
+      num_samples: N, samples a user; modes "sample" and "stochastic_beam".
+      temperature: of sampling; log-probabilities are always at temperature 1; the same modes.
+      top_k: tokens that can be drawn, None all; mode "sample".
+      top_p: probability of the tokens that can be drawn, None all; mode "sample".
+      num_beams: hypotheses kept; modes "beam" and "constrained_beam".
+      renormalise: see `constrained.ConstrainedBeam`; mode "constrained_beam".
+      leave_out_history: items of a user's history that the user is not to get: "none", the "last" or "all" of it; mode
+        "constrained_beam".
+      leave_out_items: Parquet or CSV file whose column `item_id` names items that nobody is to get, such as those out
+        of stock; mode "constrained_beam".
+      candidates: folder of rankings, or Parquet file with `user_id` and `item_ids`, whose items are scored; mode
+        "score".
+      num_candidates: the first so many of each user; mode "score".
+      max_new_tokens: T, EOS included; None is the checkpoint's max_target_tokens; where texts are free.
+      batch_users: users a batch, or whose prompts are in memory at once.
+      live_share: of `batch_users · num_samples` rows, those that are computed; see `sampling.Sampler`; mode "sample".
       shard_users: users a shard.
       seed: of all random streams; a user's depends on it and on the user's id alone.
       max_users: the first so many users of a seeded permutation, for quick comparisons; None is all.
       with_embeddings: whether to write v_U of each user and v_T of each item.
+      process_index: which of the processes this is, from 0; None asks the environment (CALREC_PROCESS_INDEX), then JAX.
+      process_count: how many there are; None asks the environment (CALREC_PROCESS_COUNT), then JAX.
       prompts: in place of those made from the dataset; users who have none are left out.
 
     Returns:
@@ -78,45 +103,45 @@ def decode(
     Raises:
       CalrecError: a setting is not valid, inputs do not belong together, or `out` holds other completions.
     """
+    arguments = dict(locals())
     out = Path(out)
-    settings: dict[str, Any] = {
-        "split": split,
-        "mode": mode,
-        "batch_users": batch_users,
-        "shard_users": shard_users,
-        "seed": seed,
-        "max_users": max_users,
-        "with_embeddings": with_embeddings,
-    }
-    if mode == "sample":
-        settings |= {"num_samples": num_samples, "temperature": temperature, "max_new_tokens": max_new_tokens}
-    else:
-        settings |= {"num_beams": num_beams, "renormalise": renormalise}
-    _check_settings(settings)
+    common = ("split", "mode", "batch_users", "shard_users", "seed", "max_users", "with_embeddings")
+    settings: dict[str, Any] = {name: arguments[name] for name in (*common, *modes.MODES.get(mode, ()))}
+    modes.check(settings)
+    process = _process(process_index, process_count)
     config, params, facts = load_checkpoint(checkpoint)
     _check_inputs(checkpoint, facts, dataset, tokenizer)
     if prompts is not None:
         settings["prompts"] = prompts.fingerprint
-    if mode == "sample" and max_new_tokens is None:
+    if "max_new_tokens" in settings and max_new_tokens is None:
         settings["max_new_tokens"] = facts["max_target_tokens"]
     made_from = {"dataset": dataset.hash, "tokenizer": tokenizer.fingerprint, "checkpoint": facts["hash"]}
+    extra = _given(dataset, settings, made_from, leave_out_items, candidates)
     if artifacts.is_done(out, kind="completions", made_from=made_from, settings=settings):
         print(f"decode: {out} is done already, skipped")
         return out
     request = shards.claim(out, made_from, settings)
     catalogue = tokenise_catalogue([dataset], tokenizer, max_target_tokens=facts["max_target_tokens"])
     budget = history_budget(facts, catalogue)
-    given: prompting.Prompts | prompting.GivenPrompts
-    given = prompts or prompting.build_prompts(dataset, catalogue, split=split, max_history_tokens=budget)
+    asked: prompting.Prompts | prompting.GivenPrompts
+    asked = prompts or prompting.build_prompts(dataset, catalogue, split=split, max_history_tokens=budget)
     model = Transformer(config, facts["vocab_size"])
-    decoder, trie = _decoder(model, params, catalogue, settings)
-    writer = Writer(out, request, dataset, tokenizer, given, decoder, trie, seed, batch_users, with_embeddings)
+    decoder = modes.make(model, params, catalogue, settings, **extra)
+    writer = Writer(out, request, dataset, tokenizer, asked, decoder, seed, with_embeddings, process)
     users = _chosen(dataset.users_with(split), max_users, seed)
-    users = users[given.lengths[users] > 0]
+    users = users[asked.lengths[users] > 0]
     written = writer.write(users, shard_users)
     if with_embeddings:
-        vectors = item_embeddings(model, params, catalogue, decoder.compiled)
-        written.append(shards.write_item_embeddings(out, dataset.item_ids.tolist(), vectors, request))
+        path = out / shards.ITEM_EMBEDDINGS_FILE
+        mine = len(written) % process[1] == process[0]  # one more shard
+        if mine and not shards.is_written(path, request, len(dataset.item_ids)):
+            vectors = item_embeddings(model, params, catalogue, Compiled())
+            shards.write_item_embeddings(out, dataset.item_ids.tolist(), vectors, request)
+        written.append(path)
+    missing = [path.name for path in written if not path.exists()]
+    if missing:
+        print(f"decode: this process is done; others have {len(missing):,} files left to write, {missing[0]} first")
+        return out
     artifacts.write_manifest(
         out,
         kind="completions",
@@ -124,22 +149,54 @@ def decode(
         settings=settings,
         files=artifacts.hash_files(written),
         users=len(users),
-        dropped_history_items=given.dropped_items,
+        dropped_history_items=asked.dropped_items,
         history_tokens=budget,
     )
     return out
 
 
-def _decoder(
-    model: Transformer, params: Any, catalogue: TokenCatalogue, settings: dict[str, Any]
-) -> tuple[Decoder, Trie | None]:
-    """What completes prompts as the settings say, and the catalogue's trie where it is bound to it."""
-    if settings["mode"] == "sample":
-        names = ("num_samples", "temperature", "max_new_tokens")
-        return Sampler(model, params, eos_id=catalogue.eos_id, **{name: settings[name] for name in names}), None
-    trie = build_trie(catalogue.tokens, catalogue.offsets, catalogue.eos_id)
-    search = BeamSearch(model, params, trie, num_beams=settings["num_beams"], renormalise=settings["renormalise"])
-    return search, trie
+def _process(index: int | None, count: int | None) -> tuple[int, int]:
+    """Which of how many processes this is."""
+    given_values = []
+    for value, name in zip((index, count), _PROCESS_VARIABLES, strict=True):
+        text = os.environ.get(name)
+        if value is None and text is not None:
+            if not text.isdecimal():
+                raise CalrecError(f"{name}={text!r} in the environment: must be a whole number")
+            value = int(text)
+        given_values.append(value)
+    if given_values == [None, None]:
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    index, count = given_values
+    if index is None or count is None or not 0 <= index < count:
+        raise CalrecError(
+            f"decode.process_index={index} of decode.process_count={count}: both must be set, the index from 0 and "
+            "below the count"
+        )
+    return index, count
+
+
+def _given(
+    dataset: Dataset, settings: dict[str, Any], made_from: dict[str, str], leave_out_items: str | None,
+    candidates: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What `modes.make` wants beside the settings; the files it is read from enter `made_from`."""
+    mode = settings["mode"]
+    if mode == "score":
+        if candidates is None:
+            raise CalrecError("decode.candidates is not set: mode 'score' needs a folder of rankings or a Parquet file")
+        found, digest = given.candidates(Path(candidates), dataset, settings["num_candidates"])
+        made_from["candidates"] = digest
+        return {"candidates": found}
+    if mode != "constrained_beam":
+        return {}
+    extra: dict[str, Any] = {"left_out": given.history(dataset, settings["split"], settings["leave_out_history"])}
+    if leave_out_items is not None:
+        extra["keep"] = ~given.items_left_out(Path(leave_out_items), dataset)
+        made_from["leave_out_items"] = artifacts.hash_file(leave_out_items)
+    return extra
 
 
 def history_budget(facts: dict[str, Any], catalogue: TokenCatalogue) -> int:
@@ -164,26 +221,6 @@ def _check_inputs(checkpoint: Path, facts: dict[str, Any], dataset: Dataset, tok
             f"{checkpoint}: was trained on texts of another template than dataset {dataset.name!r} was prepared with "
             f"({facts['template'][:8]} and {dataset.template[:8]}); prepare the dataset with that one, or train again"
         )
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Names the setting that is not valid."""
-    if settings["split"] not in SPLITS:
-        raise CalrecError(f"split={settings['split']!r}: must be one of {list(SPLITS)}")
-    if settings["mode"] not in MODES:
-        raise CalrecError(f"decode.mode={settings['mode']!r}: must be one of {list(MODES)}")
-    for name in (
-        "num_samples", "num_beams", "max_new_tokens", "batch_users", "shard_users", "max_users", "temperature"
-    ):  # fmt: skip
-        value = settings.get(name)
-        if value is None:
-            continue
-        whole = name != "temperature"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < 2**31:
-            raise CalrecError(f"decode.{name}={value!r}: must be a positive {'whole number' if whole else 'number'}")
-    seed = settings["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise CalrecError(f"decode.seed={seed!r}: must be a whole number from 0 to 2^32 − 1")
 
 
 def _chosen(users: np.ndarray, max_users: int | None, seed: int) -> np.ndarray:

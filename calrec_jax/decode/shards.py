@@ -34,7 +34,7 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def completions_table(
     user_ids: Sequence[str],
-    counts: np.ndarray,
+    counts: np.ndarray | None,
     columns: dict[str, pa.Array],
     embeddings: np.ndarray | None,
 ) -> pa.Table:
@@ -42,13 +42,14 @@ def completions_table(
 
     Args:
       user_ids: [B].
-      counts: [B] completions of each user.
-      columns: flat values of texts, log_probs, num_tokens and finished, and item_ids where decoding is constrained.
+      counts: [B] completions of each user; None where nothing is completed.
+      columns: flat values of texts, log_probs, num_tokens and finished, and item_ids where completions are items.
       embeddings: [B, D] or None.
     """
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     arrays = {"user_id": pa.array(user_ids, pa.string())}
-    arrays |= {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
+    if counts is not None:
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+        arrays |= {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
     if embeddings is not None:
         ends = np.arange(len(embeddings) + 1) * embeddings.shape[1]
         arrays["user_embedding"] = pa.ListArray.from_arrays(

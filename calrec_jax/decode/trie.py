@@ -1,8 +1,9 @@
 """The trie of a catalogue's token sequences, as flat arrays.
 
-Notable: it is built level by level from the lexicographically sorted sequences, without a loop over items. Nodes are
-numbered breadth first and siblings by token, so the edges of a node are contiguous and edge e always leads to node
-e + 1; the sequences below a node are contiguous in the sorted order, so a node is also a range of leaves.
+Notable: nodes end where one sequence is left, whose further tokens are its forced tail, so there are about as many as
+places where items part, and not as many as tokens. Nodes are numbered breadth first and siblings by token, so the edges
+of a node are contiguous and edge e always leads to node e + 1; the sequences below a node are contiguous in their
+sorted order, so a node is also a range of leaves. Building takes memory for a few numbers an item beside the tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 
 from calrec_jax.errors import CalrecError
 
+_MOST = 2**31 - 1  # nodes, leaves and items are numbered by int32 on the device
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trie:
@@ -21,7 +24,8 @@ class Trie:
     Attributes:
       child_offsets: [nodes + 1] int32; node n's edges e are `[child_offsets[n], child_offsets[n + 1])`, to nodes e + 1.
       edge_tokens: [nodes − 1] int32, ascending within a node.
-      node_leaves: [nodes, 2] int32, the range of leaves below a node.
+      node_leaves: [nodes, 2] int32, the range of leaves below a node; a node with one leaf has no children,
+        unless the catalogue has no other.
       level_offsets: [levels + 1] int64; nodes of depth d are `[level_offsets[d], level_offsets[d + 1])`.
       leaf_offsets: [leaves + 1] int64 into `leaf_items`.
       leaf_items: [I] int32 items of each leaf, ascending within it (equal texts, or equal after the cut).
@@ -40,8 +44,13 @@ class Trie:
 
     @property
     def depth(self) -> int:
-        """Tokens of the longest sequence, EOS counted."""
+        """Tokens after which one sequence is left at the latest."""
         return len(self.level_offsets) - 2
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
 
     def children(self, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and nodes one step below."""
@@ -53,67 +62,101 @@ class Trie:
         begin, end = self.level_offsets[level], self.level_offsets[level + 1]
         return int(np.diff(self.child_offsets[begin : end + 1]).max())
 
+    def depths(self, nodes: np.ndarray) -> np.ndarray:
+        """Tokens from the root to each of these nodes."""
+        return np.searchsorted(self.level_offsets, nodes, side="right") - 1
 
-def build_trie(tokens: np.ndarray, offsets: np.ndarray, eos_id: int) -> Trie:
+
+def build_trie(tokens: np.ndarray, offsets: np.ndarray, eos_id: int, keep: np.ndarray | None = None) -> Trie:
     """Builds the trie of a catalogue.
 
     Args:
       tokens: [total] token ids of all items end to end, without EOS.
       offsets: [I + 1] into `tokens`; item i is `tokens[offsets[i]:offsets[i + 1]]`.
-      eos_id: is put after each item.
+      eos_id: is put after each item; no item may hold it.
+      keep: [I] bool, items that are in the trie; None is all.
 
     Raises:
-      CalrecError: no items, or an item that holds EOS.
+      CalrecError: no items, an item that holds EOS, or more items or nodes than int32 can number.
     """
-    lengths = np.diff(offsets) + 1
-    if not len(lengths):
-        raise CalrecError("build_trie: the catalogue has no items")
+    items = np.arange(len(offsets) - 1) if keep is None else np.flatnonzero(keep)
+    if not len(items):
+        raise CalrecError(
+            "build_trie: the catalogue has no items" + (" that are not left out" if keep is not None else "")
+        )
+    if len(items) > _MOST:
+        raise CalrecError(f"build_trie: {len(items):,} items, and int32 numbers {_MOST:,}; split the catalogue")
     if np.any(tokens == eos_id):
         item = int(np.searchsorted(offsets, np.flatnonzero(tokens == eos_id)[0], side="right")) - 1
         raise CalrecError(f"build_trie: item {item} holds the EOS token {eos_id} inside its text; correct its text")
-    matrix = np.full((len(lengths), int(lengths.max())), -1, np.int32)
-    inside = np.arange(matrix.shape[1]) < lengths[:, None] - 1
-    matrix[inside] = tokens
-    matrix[np.arange(len(lengths)), lengths - 1] = eos_id
-    order, leaf_offsets = _sorted_distinct(matrix)
-    first = order[leaf_offsets[:-1]]
-    matrix, lengths = matrix[first], lengths[first]
-    # Tokens that a leaf shares with the leaf before it; a node of depth d begins wherever fewer than d are shared.
-    shared = np.full(len(matrix), -1, np.int64)
-    shared[1:] = (matrix[1:] != matrix[:-1]).argmax(axis=1)
-    levels, ranges, edge_tokens, parents = [0, 1], [np.array([[0, len(matrix)]])], [], []
-    above, base = np.zeros(1, np.int64), 0  # first leaves and first number of the nodes one level up
-    for depth in range(1, matrix.shape[1] + 1):
-        bounds = np.flatnonzero(shared < depth)
-        ends = np.append(bounds[1:], len(matrix))
-        nodes = lengths[bounds] >= depth
-        begins, ends = bounds[nodes], ends[nodes]
-        parents.append(base + np.searchsorted(above, begins, side="right") - 1)
-        edge_tokens.append(matrix[begins, depth - 1])
-        ranges.append(np.stack([begins, ends], axis=1))
-        above, base = begins, levels[-1]
-        levels.append(base + len(begins))
-    counts = np.bincount(np.concatenate(parents), minlength=levels[-1])
-    same = int(min(shared[1:].min() if len(matrix) > 1 else lengths[0], lengths.min() - 1))
+    order, shared = _sorted(tokens, offsets, eos_id, items)
+    lengths = (np.diff(offsets)[order] + 1).astype(np.int32)
+    begins = np.flatnonzero(shared < lengths)  # an item that shares all its tokens has the sequence of the one before
+    leaves, leaf_lengths = order[begins], lengths[begins]
+    shared = shared[begins]
+    # A leaf parts from both its neighbours after this many tokens, where its last node is.
+    ends = np.maximum(shared, np.append(shared[1:], -1)) + 1
+    if len(leaves) == 1:
+        ends[:] = leaf_lengths
+    same = int(min(shared[1:].min() if len(leaves) > 1 else leaf_lengths[0], leaf_lengths.min() - 1))
+    levels, ranges, edge_tokens, counts = [0, 1], [np.array([[0, len(leaves)]], np.int32)], [], []
+    above = np.zeros(1, np.int64)  # first leaves of the nodes one level up
+    alive = np.arange(len(leaves))  # leaves that have a node at this depth
+    for depth in range(1, int(ends.max()) + 1):
+        alive = alive[ends[alive] >= depth]
+        begin = alive[shared[alive] < depth]
+        edge_tokens.append(_token(tokens, offsets, eos_id, leaves[begin], depth - 1).astype(np.int32))
+        # All leaves below a node are among `alive`: its last one stands there before the first of the next node.
+        last = np.append(np.searchsorted(alive, begin[1:]) - 1, len(alive) - 1)
+        node_ends = alive[last] + 1
+        ranges.append(np.stack([begin, node_ends], axis=1).astype(np.int32))
+        counts.append(np.bincount(np.searchsorted(above, begin, side="right") - 1, minlength=len(above)))
+        above = begin
+        levels.append(levels[-1] + len(begin))
+        if levels[-1] > _MOST:
+            raise CalrecError(f"build_trie: over {_MOST:,} nodes, more than int32 numbers; split the catalogue")
+    counts.append(np.zeros(len(above), np.int64))
     return Trie(
-        child_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        edge_tokens=np.concatenate(edge_tokens).astype(np.int32),
-        node_leaves=np.concatenate(ranges).astype(np.int32),
+        child_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32),
+        edge_tokens=np.concatenate(edge_tokens),
+        node_leaves=np.concatenate(ranges),
         level_offsets=np.array(levels, np.int64),
-        leaf_offsets=leaf_offsets,
+        leaf_offsets=np.append(begins, len(order)),
         leaf_items=order.astype(np.int32),
-        leaf_lengths=lengths.astype(np.int32),
-        root_path=matrix[0, :same].copy(),
+        leaf_lengths=leaf_lengths,
+        root_path=tokens[offsets[leaves[0]] : offsets[leaves[0]] + same].astype(np.int32),
     )
 
 
-def _sorted_distinct(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in lexicographic order (ties by row number), and where each distinct row begins in that order."""
-    # As big-endian byte strings the rows compare like the sequences: padding (−1) becomes 0, which sorts first.
-    wide = matrix + 1
-    keys = np.ascontiguousarray(wide, ">u2" if wide.max() < 1 << 16 else ">u4")
-    strings = keys.view(f"S{keys.itemsize * keys.shape[1]}").reshape(-1)
-    order = np.argsort(strings, kind="stable")
-    ordered = strings[order]
-    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-    return order, np.append(begins, len(order)).astype(np.int64)
+def _token(tokens: np.ndarray, offsets: np.ndarray, eos_id: int, items: np.ndarray, place: int) -> np.ndarray:
+    """Token number `place` of each item, EOS behind its last one."""
+    at = offsets[items] + place
+    inside = at < offsets[items + 1]
+    return np.where(inside, tokens[np.where(inside, at, 0)], eos_id) if len(tokens) else np.full(len(items), eos_id)
+
+
+def _sorted(tokens: np.ndarray, offsets: np.ndarray, eos_id: int, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Items in the lexicographic order of their tokens and EOS (ties by number).
+
+    Groups of items that share all tokens so far are sorted by the next one, until each is alone or has ended.
+
+    Returns:
+      The items in order, and how many tokens each shares with the one before it (−1 for the first), EOS counted.
+    """
+    order, shared = items.copy(), np.zeros(len(items), np.int32)
+    shared[0] = -1
+    at = np.arange(len(order)) if len(order) > 1 else np.arange(0)  # places of items that are in a group
+    group = np.zeros(len(at), np.int64)
+    for depth in range(int(np.diff(offsets).max()) + 1):
+        if not len(at):
+            break
+        token = _token(tokens, offsets, eos_id, order[at], depth)
+        by = np.lexsort((token, group))
+        order[at], token = order[at][by], token[by]  # `group` is ascending, so sorting leaves it as it is
+        parts = np.append(True, (token[1:] != token[:-1]) | (group[1:] != group[:-1]))
+        shared[at[~parts]] = depth + 1  # equal so far; a later depth may find more
+        number = np.cumsum(parts) - 1
+        alone = np.bincount(number)[number] == 1
+        goes_on = ~alone & (token != eos_id)
+        at, group = at[goes_on], number[goes_on]
+    return order, shared

@@ -1,16 +1,17 @@
 """Decodes users batch by batch and writes shard by shard, saying how far it is.
 
-Notable: users go in the order of their prompts' length, longest first, so that batches hold little padding; every batch
-is filled up to `batch_users`, so a user's completions are the same bit for bit whoever else is in it.
+Notable: users go in the order of their prompts' length, longest first, so that prompts hold little padding. A shard is
+decoded by itself, whoever else is decoded and whichever process does it, so made again it is the same byte for byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +20,8 @@ from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.decode import prompts as prompting
 from calrec_jax.decode import shards
-from calrec_jax.decode.sampling import Compiled, Completed
-from calrec_jax.decode.trie import Trie
+from calrec_jax.decode.prefix import Batch, Completed, Decoder, Said, nothing_said
 from calrec_jax.tokenizer import Tokenizer
-
-
-class Decoder(Protocol):
-    """Completes a batch of prompts; see `sampling.Sampler`."""
-
-    compiled: Compiled
-
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Completed:
-        """Completes [B, L] prompts of [B] lengths; [B, 2] keys seed the users' random streams."""
 
 
 @dataclasses.dataclass
@@ -41,11 +32,10 @@ class Writer:
       out: folder of the shards.
       request: hash that each shard carries.
       dataset, tokenizer, prompts: of the users.
-      decoder: completes a batch.
-      trie: of the catalogue where decoding is constrained.
+      decoder: completes prompts.
       seed: of all random streams.
-      batch_users: users a batch.
       with_embeddings: whether to write v_U.
+      process: (index, count); of `count` processes over the folder, this one decodes shards index, index + count, ….
     """
 
     out: Path
@@ -54,69 +44,66 @@ class Writer:
     tokenizer: Tokenizer
     prompts: prompting.Prompts | prompting.GivenPrompts
     decoder: Decoder
-    trie: Trie | None
     seed: int
-    batch_users: int
     with_embeddings: bool
+    process: tuple[int, int] = (0, 1)
 
     def write(self, users: np.ndarray, shard_users: int) -> list[Path]:
-        """Decodes what is not there yet; returns the paths of all shards."""
+        """Decodes those of this process's shards that are not there yet; returns the paths of all processes' shards."""
         buckets = prompting.bucket_lengths(self.prompts.lengths[users])
         users = users[np.argsort(-buckets, kind="stable")]
-        paths = []
-        progress = _Progress(len(users), self.prompts.lengths[users])
+        parts = [users[begin : begin + shard_users] for begin in range(0, len(users), shard_users)]
+        paths = [shards.shard_path(self.out, index) for index in range(len(parts))]
+        index, count = self.process
+        own = list(zip(paths, parts, strict=True))[index::count]
+        progress = _Progress([self.prompts.lengths[part] for _, part in own])
         if self.prompts.dropped_items:
             print(f"decode: {self.prompts.dropped_items:,} oldest history items lie beyond the prompt's budget")
-        for index, begin in enumerate(range(0, len(users), shard_users)):
-            shard = users[begin : begin + shard_users]
-            path = shards.shard_path(self.out, index)
-            paths.append(path)
-            if shards.is_written(path, self.request, len(shard)):
-                progress.skip(len(shard))
+        for path, part in own:
+            if shards.is_written(path, self.request, len(part)):
+                progress.skip(len(part))
                 continue
             tables = []
-            own = prompting.bucket_lengths(self.prompts.lengths[shard])
-            for batch in prompting.batches(shard, own, self.batch_users):
-                completed = self.complete(batch)
-                tables.append(self._table(batch, completed))
-                progress.step(len(batch), int(completed.num_tokens[: len(batch)].sum()))
+            for group in prompting.groups(part, prompting.bucket_lengths(self.prompts.lengths[part])):
+                tables.append(self._table(group, self.complete(group, progress.step)))
             shards.write_shard(path, pa.concat_tables(tables).combine_chunks(), self.request)
         timing = progress.finish(self.decoder.compiled.seconds)
         if timing:
-            artifacts.write_json(self.out / "timing.json", timing)
+            artifacts.write_json(self.out / ("timing.json" if not index else f"timing-{index:05d}.json"), timing)
         return paths
 
-    def complete(self, batch: np.ndarray) -> Completed:
-        """Decodes users of one bucket; the batch is filled up, so that its size changes no program and no rounding."""
-        length = int(prompting.bucket_lengths(self.prompts.lengths[batch]).max())
-        tokens = np.zeros((self.batch_users, length), np.int32)
-        lengths = np.zeros(self.batch_users, np.int64)
-        keys = np.zeros((self.batch_users, 2), np.uint32)
-        tokens[: len(batch)] = self.prompts.tokens(batch, length)
-        lengths[: len(batch)] = self.prompts.lengths[batch]
-        keys[: len(batch)] = prompting.user_keys(self.prompts.user_ids[batch], self.seed)
-        return self.decoder(tokens, lengths, keys)
+    def complete(self, users: np.ndarray, said: Said = nothing_said) -> Completed:
+        """Decodes users of one bucket."""
+        lengths = self.prompts.lengths[users]
+        tokens = self.prompts.tokens(users, int(prompting.bucket_lengths(lengths).max()))
+        keys = prompting.user_keys(self.prompts.user_ids[users], self.seed)
+        return self.decoder(Batch(tokens, lengths.astype(np.int32), keys, users), said)
 
-    def _table(self, batch: np.ndarray, completed: Completed) -> pa.Table:
+    def _table(self, users: np.ndarray, completed: Completed) -> pa.Table:
         """Rows of the contract, from what the device gave."""
-        completed = completed.first(len(batch))
         embeddings = completed.user_embedding if self.with_embeddings else None
-        user_ids = self.dataset.user_ids[batch]
-        if completed.items is not None:
-            assert self.trie is not None
-            counts, columns = self._item_columns(self.trie, completed, completed.items)
+        if not completed.num_tokens.shape[1] and completed.items is not None:
+            return shards.completions_table(self.dataset.user_ids[users], None, {}, embeddings)
+        real = np.isfinite(completed.log_probs)  # of a beam that found fewer, and of users with fewer candidates
+        columns = {
+            "log_probs": pa.array(completed.log_probs[real], pa.float32()),
+            "num_tokens": pa.array(completed.num_tokens[real], pa.int32()),
+            "finished": pa.array(completed.finished[real], pa.bool_()),
+        }
+        if completed.items is None:
+            columns["texts"] = pa.array(self._texts(completed)[real.reshape(-1)], pa.string())
         else:
-            counts = np.full(len(batch), completed.num_tokens.shape[1])
-            columns = {
-                "texts": pa.array(self._texts(completed), pa.string()),
-                "log_probs": pa.array(completed.log_probs.reshape(-1), pa.float32()),
-                "num_tokens": pa.array(completed.num_tokens.reshape(-1), pa.int32()),
-                "finished": pa.array(completed.finished.reshape(-1), pa.bool_()),
-            }
-        return shards.completions_table(user_ids, counts, columns, embeddings)
+            items = completed.items[real]
+            columns["texts"] = self._item_texts.take(pa.array(items))
+            columns["item_ids"] = pa.array(self.dataset.item_ids[items], pa.string())
+        return shards.completions_table(self.dataset.user_ids[users], real.sum(1), columns, embeddings)
+
+    @functools.cached_property
+    def _item_texts(self) -> pa.Array:
+        return pa.array(self.dataset.texts, pa.string())
 
     def _texts(self, completed: Completed) -> np.ndarray:
-        """[B·N] object: each distinct row of tokens is turned into text once."""
+        """[U·N] object: each distinct row of tokens is turned into text once."""
         tokens = np.ascontiguousarray(completed.tokens.reshape(-1, completed.tokens.shape[-1]))
         lengths = (completed.num_tokens - completed.finished).reshape(-1)
         rows = tokens.view(np.dtype((np.void, tokens.itemsize * tokens.shape[1]))).reshape(-1)
@@ -124,34 +111,14 @@ class Writer:
         texts = self.tokenizer.decode_many([tokens[i, : lengths[i]].tolist() for i in first])
         return np.array(texts, dtype=object)[which.reshape(-1)]
 
-    def _item_columns(
-        self, trie: Trie, completed: Completed, leaf_of: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, pa.Array]]:
-        """A text of several items gives them all, in item order, with the text's score."""
-        found = leaf_of >= 0
-        leaves = leaf_of[found]
-        sizes = np.diff(trie.leaf_offsets)[leaves]
-        counts = np.zeros(len(found), np.int64)
-        np.add.at(counts, np.nonzero(found)[0], sizes)
-        begin = np.repeat(trie.leaf_offsets[leaves] - (np.cumsum(sizes) - sizes), sizes)
-        items = trie.leaf_items[begin + np.arange(int(sizes.sum()))]
-        texts = pa.array(self.dataset.texts, pa.string())
-        return counts, {
-            "texts": texts.take(pa.array(items)),
-            "log_probs": pa.array(np.repeat(completed.log_probs[found], sizes), pa.float32()),
-            "num_tokens": pa.array(np.repeat(completed.num_tokens[found], sizes), pa.int32()),
-            "finished": pa.array(np.ones(len(items), bool)),
-            "item_ids": pa.array(self.dataset.item_ids[items], pa.string()),
-        }
-
 
 class _Progress:
     """A line now and then: users a second and the time left, weighted by the prompts' lengths."""
 
-    def __init__(self, users: int, lengths: np.ndarray, every_seconds: float = 5.0):
+    def __init__(self, lengths: Sequence[np.ndarray], every_seconds: float = 5.0):
         # A completion costs about as much as a hundred prompt tokens and more, so short prompts are not free.
-        self._costs = np.concatenate([[0.0], np.cumsum(lengths + 200.0)])
-        self._users, self._every = users, every_seconds
+        self._costs = np.concatenate([[0.0], *(own + 200.0 for own in lengths)]).cumsum()
+        self._users, self._every = len(self._costs) - 1, every_seconds
         self._at = self._skipped = self._decoded = self._tokens = 0
         self._cost_done = 0.0
         self._began = self._said = time.monotonic()
@@ -162,7 +129,7 @@ class _Progress:
         self._skipped += users
 
     def step(self, users: int, tokens: int) -> None:
-        """Counts a decoded batch."""
+        """Counts decoded users, and tokens since the last call."""
         self._cost_done += self._costs[self._at + users] - self._costs[self._at]
         self._at += users
         self._decoded += users
@@ -171,7 +138,7 @@ class _Progress:
         if now - self._said >= self._every or self._at == self._users:
             self._said = now
             seconds = now - self._began
-            left = seconds / self._cost_done * (self._costs[-1] - self._costs[self._at])
+            left = seconds / max(self._cost_done, 1.0) * (self._costs[-1] - self._costs[self._at])
             print(
                 f"decode: {self._at:,}/{self._users:,} users, {self._decoded / seconds:.1f} users/s, "
                 f"{self._tokens / seconds:,.0f} tokens/s, {int(left // 60)}:{int(left % 60):02d} left",

@@ -18,7 +18,6 @@ from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.foreign import ForeignRanking
-from calrec_jax.evaluate.places import 
 from calrec_jax.rank.shards import RankedLists, RankingReader
 
 HIT_CUT = 10  # a hit has its target among the first ten (mean rank)

@@ -7,6 +7,8 @@ prefix's keys and values beside their own suffix. Softmax is in float32. `xla` i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,52 +92,68 @@ def decoding_layout(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Ar
     return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
 
+class Cells(NamedTuple):
+    """Where the rows of a step stand among the samples of B users, when they are not all of them in their order.
+
+    Attributes:
+      row_of: [B, N] int32, the row of each sample; any row where a sample is not being decoded.
+      cell_of: [R] int32, `user · N + sample` of each row.
+    """
+
+    row_of: jax.Array
+    cell_of: jax.Array
+
+
 def shared_prefix_attention(
     query: jax.Array,
     prefix: tuple[jax.Array, jax.Array],
     prefix_mask: jax.Array,
     suffix: tuple[jax.Array, jax.Array],
     suffix_mask: jax.Array,
+    cells: Cells | None = None,
 ) -> jax.Array:
-    """One decoding step: N samples of a user over the user's one prefix and each sample's own suffix.
+    """Q tokens of each of R rows, samples of B users, over their user's one prefix and each row's own suffix.
 
     The two parts share one softmax: their scores are joined, their keys and values are not.
 
     Args:
-      query: [B, N, H, C], scaled already.
+      query: [R, Q, H, C], scaled already.
       prefix: keys [B, G, C, L] and values [B, G, L, C], see `decoding_layout`.
       prefix_mask: [B, L] bool, real places.
-      suffix: keys and values [B, N, G, T, C].
-      suffix_mask: [T] or [B, N, T] bool, places written so far.
+      suffix: keys and values [R, G, T, C].
+      suffix_mask: [R, Q, T] bool, or what broadcasts to it: the places that a token attends to.
+      cells: None where the rows are the users' samples, user by user.
 
     Returns:
-      [B, N, H, C].
+      [R, Q, H, C].
     """
-    batch, samples, heads, width = query.shape
-    groups = suffix[0].shape[2]
-    grouped = query.reshape(batch, samples, groups, heads // groups, width)
-    shared = grouped.transpose(0, 2, 1, 3, 4).reshape(
-        batch, groups, -1, width
-    )  # samples and heads of a group: one matrix
+    batch = prefix_mask.shape[0]
+    rows, places, heads, width = query.shape
+    groups = suffix[0].shape[1]
+    grouped = query.reshape(rows, places, groups, heads // groups, width)
+    by_user = grouped.reshape(batch, -1, *grouped.shape[1:]) if cells is None else grouped[cells.row_of]
+    # Samples, places and heads of a group are one matrix.
+    shared = jnp.moveaxis(by_user, 3, 1).reshape(batch, groups, -1, width)
     before = jnp.einsum("bgqc,bgcl->bgql", shared, prefix[0], preferred_element_type=jnp.float32)
     before = jnp.where(prefix_mask[:, None, None, :], before, NEGATIVE)
-    own = jnp.einsum("bnghc,bngtc->bnght", grouped, suffix[0], preferred_element_type=jnp.float32)
-    own_mask = jnp.broadcast_to(suffix_mask, (batch, samples, suffix_mask.shape[-1]))
-    own = jnp.where(own_mask[:, :, None, None, :], own, NEGATIVE)
+    own = jnp.einsum("rqgmc,rgtc->rqgmt", grouped, suffix[0], preferred_element_type=jnp.float32)
+    own = jnp.where(suffix_mask[:, :, None, None, :], own, NEGATIVE)
 
-    def by_sample(x: jax.Array) -> jax.Array:
-        """[B, G, N·H/G, ...] → [B, N, G, H/G, ...]."""
-        return jnp.moveaxis(x.reshape(batch, groups, samples, heads // groups, *x.shape[3:]), 1, 2)
+    def by_row(x: jax.Array) -> jax.Array:
+        """[B, G, N·Q·H/G, X] → [R, Q, G, H/G, X]."""
+        x = jnp.moveaxis(x.reshape(batch, groups, -1, places, heads // groups, x.shape[-1]), 1, 3)
+        x = x.reshape(-1, *x.shape[2:])
+        return x if cells is None else x[cells.cell_of]
 
     before_top, own_top = before.max(-1, keepdims=True), own.max(-1, keepdims=True)
     before, own = jnp.exp(before - before_top), jnp.exp(own - own_top)
     dtype = query.dtype
-    mixed_before = by_sample(jnp.einsum("bgql,bglc->bgqc", before.astype(dtype), prefix[1]))
-    mixed_own = jnp.einsum("bnght,bngtc->bnghc", own.astype(dtype), suffix[1])
+    mixed_before = by_row(jnp.einsum("bgql,bglc->bgqc", before.astype(dtype), prefix[1]))
+    mixed_own = jnp.einsum("rqgmt,rgtc->rqgmc", own.astype(dtype), suffix[1])
     # The parts are joined by their log-sum-exp: each was scaled by its own maximum.
-    before_top = by_sample(before_top)
+    before_top = by_row(before_top)
     top = jnp.maximum(before_top, own_top)
     scale_before, scale_own = jnp.exp(before_top - top), jnp.exp(own_top - top)
-    total = scale_before * by_sample(before.sum(-1, keepdims=True)) + scale_own * own.sum(-1, keepdims=True)
+    total = scale_before * by_row(before.sum(-1, keepdims=True)) + scale_own * own.sum(-1, keepdims=True)
     mixed = (mixed_before * scale_before + mixed_own * scale_own) / total
-    return mixed.astype(dtype).reshape(batch, samples, heads, width)
+    return mixed.astype(dtype).reshape(rows, places, heads, width)

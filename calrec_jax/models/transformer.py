@@ -155,13 +155,13 @@ class Block(nn.Module):
         self.down = Einsum((f, d), ("mlp", "embed"), f, residual)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def __call__(self, x: jax.Array, cache: Any, context: dict[str, jax.Array], deterministic: bool, keep_kv: bool):
-        """Runs the block over a packed row, or over one step of N samples.
+    def __call__(self, x: jax.Array, cache: Any, context: dict[str, Any], deterministic: bool, keep_kv: bool):
+        """Runs the block over packed rows, or over the next tokens of R rows that have a prefix.
 
         Args:
-          x: [B, L, D], or [B, N, D] of a step.
+          x: [B, L, D], or [R, Q, D] of a step.
           cache: None, or the layer's (prefix, suffix) keys and values of a step; see `Transformer.decode`.
-          context: what all layers share: "sin", "cos", and "segment_ids", or "prefix_mask" and "step".
+          context: what all layers share: "sin", "cos", and "segment_ids", or what `Transformer.decode` is given.
           deterministic: False switches dropout on.
           keep_kv: whether a packed row's keys and values are wanted.
 
@@ -179,14 +179,17 @@ class Block(nn.Module):
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:
             prefix, suffix = cache
-            step = context["step"]
-            suffix = tuple(
-                jax.lax.dynamic_update_index_in_dim(whole, new, step, axis=3)
-                for whole, new in zip(suffix, (key, value), strict=True)
+            new = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            if context["at"] is None:
+                kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(suffix, new, strict=True))
+            else:
+                at = context["at"]
+                kv = tuple(
+                    jax.lax.dynamic_update_slice_in_dim(old, x, at, 2) for old, x in zip(suffix, new, strict=True)
+                )
+            mixed = attention.shared_prefix_attention(
+                query, prefix, context["prefix_mask"], kv, context["suffix_mask"], context["cells"]
             )
-            written = jnp.arange(suffix[0].shape[3]) <= step
-            mixed = attention.shared_prefix_attention(query, prefix, context["prefix_mask"], suffix, written)
-            kv = suffix
         x = x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic)
         normed = self.mlp_norm(x)
         hidden = ACTIVATIONS[self.config.activation](self.gate("...d,df->...f", normed)) * self.up(
@@ -230,7 +233,7 @@ class Transformer(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype) * math.sqrt(self.config.embed_dim)
         return self.embedding_dropout(x, deterministic=deterministic)
 
-    def _run(self, x: jax.Array, cache: Any, context: dict[str, jax.Array], deterministic: bool, keep_kv: bool):
+    def _run(self, x: jax.Array, cache: Any, context: dict[str, Any], deterministic: bool, keep_kv: bool):
         """Runs all blocks; keys and values come and go as one pair a layer (None where they are not kept)."""
         if self.is_initializing() or (self.config.scan_layers and cache is None):
             x, stacked = self.layers(x, None, context, deterministic, keep_kv)
@@ -264,7 +267,7 @@ class Transformer(nn.Module):
             layers.append(functools.partial(run, params, rngs))
         return layers
 
-    def _context(self, positions: jax.Array) -> dict[str, jax.Array]:
+    def _context(self, positions: jax.Array) -> dict[str, Any]:
         sin, cos = attention.rope_angles(positions, self.config.head_width, self.config.rope_base)
         return {"sin": sin, "cos": cos}
 
@@ -294,25 +297,31 @@ class Transformer(nn.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        step: jax.Array,
+        at: jax.Array | None,
         prefix: KeyValues,
         prefix_mask: jax.Array,
         suffix: KeyValues,
+        suffix_mask: jax.Array,
+        cells: attention.Cells | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """One step of N samples a user over the user's prefix.
+        """The next Q tokens of R rows, each over its user's prefix and its own suffix.
 
         Args:
-          tokens: [B, N] int32, the token to read.
-          positions: [B, N] int32, its position in the joint segment.
-          step: scalar int32, where in the suffix this token's key and value go; places up to it are attended to.
+          tokens: [R, Q] int32, the tokens to read.
+          positions: [R, Q] int32, their positions in the joint segment.
+          at: scalar int32, where in the suffix their keys and values go; None puts them behind it.
           prefix: what `prefill` gave, per layer keys [B, G, C, L] and values [B, G, L, C].
           prefix_mask: [B, L] bool.
-          suffix: per layer keys and values [B, N, G, T, C]; see `empty_suffix`.
+          suffix: per layer keys and values [R, G, T, C]; see `empty_suffix`.
+          suffix_mask: [R, Q, T] bool, or what broadcasts to it: the places of the suffix, these tokens' own among them,
+            that each token attends to (T + Q places where `at` is None).
+          cells: which samples of which users the rows are; None: all N of each of the B users, in order.
 
         Returns:
-          hidden [B, N, D] and the suffix with this step written.
+          hidden [R, Q, D] and the suffix with these tokens written.
         """
-        context = self._context(positions) | {"prefix_mask": prefix_mask, "step": step}
+        context = self._context(positions)
+        context |= {"prefix_mask": prefix_mask, "at": at, "suffix_mask": suffix_mask, "cells": cells}
         return self._run(self._embed(tokens, True), (prefix, suffix), context, True, True)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -321,12 +330,17 @@ class Transformer(nn.Module):
             "...d,vd->...v", hidden, self.embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
 
+    def logits_of(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        """[..., D] and [..., W] int32 → [..., W] float32, the logits of these tokens alone."""
+        rows = self.embedding[tokens].astype(hidden.dtype)
+        return jnp.einsum("...d,...wd->...w", hidden, rows, preferred_element_type=jnp.float32)
+
     def __call__(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Logits of every place, [B, L, V]; for initialisation and small uses."""
         return self.logits(self.activations(tokens, positions, segment_ids))
 
 
-def empty_suffix(config: TransformerConfig, batch: int, samples: int, length: int) -> KeyValues:
-    """Zeroed suffix: per layer keys and values [B, N, G, T, C]."""
-    shape = (batch, samples, config.num_kv_heads, length, config.head_width)
+def empty_suffix(config: TransformerConfig, rows: int, length: int) -> KeyValues:
+    """Zeroed suffix: per layer keys and values [R, G, T, C]."""
+    shape = (rows, config.num_kv_heads, length, config.head_width)
     return tuple((jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.num_layers))

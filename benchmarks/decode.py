@@ -1,0 +1,288 @@
+"""Decoding speed: samples against Hugging Face on the same weights, constrained beams against free ones, growth in users.
+
+    JAX_PLATFORMS=cpu python benchmarks/decode.py --part=peer --prompt=256
+    JAX_PLATFORMS=cpu python benchmarks/decode.py --part=trie --items=1000000
+    JAX_PLATFORMS=cpu python benchmarks/decode.py --part=beam --run_dir=RUN    # any run: its catalogue and its users
+    JAX_PLATFORMS=cpu python benchmarks/decode.py --part=growth
+
+`peer` needs the extra `bench`; without it, or with --peer=none, it prints our figure alone. Both sides write 32 samples of
+exactly 32 tokens a user at T = 0.5, in turns, and the medians of the rounds are printed: of the clock, and of the processor
+time, which other work on the machine changes little. Compilation is left out, and printed apart where it is ours.
+"""
+
+import argparse
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+
+from calrec_jax import cli
+
+# 8 M parameters in the body, as a Llama: RoPE, RMSNorm, SwiGLU, tied embeddings.
+SIZES = {"embed_dim": 256, "num_layers": 8, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 960, "activation": "silu"}
+VOCAB, NEW, SAMPLES, TEMPERATURE = 8192, 32, 32, 0.5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", required=True, choices=("peer", "trie", "beam", "growth"))
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (peer)")
+    parser.add_argument("--users", type=int, default=32, help="users a round (peer), or in all (beam)")
+    parser.add_argument("--batch_users", type=int, default=32)
+    parser.add_argument("--peer", default="transformers", choices=("transformers", "none"))
+    parser.add_argument("--peer_users", type=int, default=1, help="users a round of the peer, which is slower")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beams", type=int, default=50)
+    parser.add_argument("--items", type=int, default=1_000_000, help="of the synthetic catalogue (trie, beam)")
+    parser.add_argument("--run_dir", help="of a finished run: --part=beam on its catalogue, not a synthetic one")
+    parser.add_argument("--target", default="Industrial_and_Scientific")
+    arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cli._set_allocator()
+    processor = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    name = next((line.split(":")[1].strip() for line in processor.splitlines() if line.startswith("Model name")), "?")
+    print(f"machine: {os.cpu_count()} × {name}, load {os.getloadavg()[0]:.1f}")
+    {"peer": peer, "trie": trie, "beam": beam, "growth": growth}[arguments.part](arguments)
+    print(
+        f"load {os.getloadavg()[0]:.1f}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    )
+
+
+def interleaved(sides, rounds):
+    """Median clock and processor seconds of each side, a round of each in turn."""
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            run()
+            seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    return {name: tuple(statistics.median(x) for x in zip(*own, strict=True)) for name, own in seconds.items()}
+
+
+def random_model(**sizes):
+    import flax.linen as nn
+    import jax
+
+    from calrec_jax.models.transformer import Transformer, TransformerConfig
+
+    model = Transformer(TransformerConfig(**SIZES | sizes), VOCAB)
+    row = np.ones((1, 4), np.int32)
+    return model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), row, row, row))["params"]
+
+
+def random_batch(users, length, seed=0):
+    from calrec_jax.decode.prefix import Batch
+    from calrec_jax.decode.prompts import user_keys
+
+    tokens = np.random.default_rng(seed).integers(2, VOCAB, (users, length)).astype(np.int32)
+    keys = user_keys([str(i) for i in range(users)], 0)
+    return Batch(tokens, np.full(users, length, np.int32), keys, np.arange(users))
+
+
+def peer(arguments):
+    from calrec_jax.decode.sampling import Sampler
+
+    model, params = random_model()
+    # No token ends a completion, so both sides write all NEW tokens; then no row is ever freed early.
+    sampler = Sampler(
+        model, params, eos_id=VOCAB, num_samples=SAMPLES, temperature=TEMPERATURE, max_new_tokens=NEW,
+        batch_users=arguments.batch_users,
+    )  # fmt: skip
+    ours = random_batch(arguments.users, arguments.prompt)
+    sampler(ours)
+    sides, users = {"calrec": lambda: sampler(ours)}, {"calrec": arguments.users, "transformers": arguments.peer_users}
+    if arguments.peer == "transformers":
+        theirs = transformers_generate(model, params, ours.tokens[: arguments.peer_users])
+        theirs()
+        sides["transformers"] = theirs
+    print(
+        f"{SAMPLES} samples of {NEW} tokens, prompt {arguments.prompt}; compiling took {sampler.compiled.seconds:.1f} s"
+    )
+    figures = interleaved(sides, arguments.rounds)
+    for name, (clock, processor) in figures.items():
+        print(f"  {name:<14}{users[name] / clock:9.3f} users/s, {processor / users[name]:8.2f} processor s a user")
+    if "transformers" in figures:
+        ratio = [
+            figures["transformers"][i] / users["transformers"] / (figures["calrec"][i] / users["calrec"])
+            for i in (0, 1)
+        ]
+        print(f"  calrec is {ratio[0]:.1f} times as fast by the clock, {ratio[1]:.1f} times by processor time")
+    c = model.config
+    prefix = 2 * c.num_layers * c.num_kv_heads * c.head_width * arguments.prompt * 4
+    print(
+        f"  keys and values of a prefix: {prefix / 2**20:.1f} MiB a user here, {SAMPLES * prefix / 2**20:.0f} MiB if tiled"
+    )
+
+
+def transformers_generate(model, params, prompts):
+    """`generate(num_return_sequences=32)` of a Llama with our weights; its logits are checked against ours first."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=c.embed_dim, intermediate_size=c.mlp_dim, num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, rms_norm_eps=c.norm_epsilon,
+        rope_theta=c.rope_base, tie_word_embeddings=False, max_position_embeddings=4096, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).eval()
+
+    def tensor(x):
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(x, np.float32)))
+
+    layers = params["layers"]
+    weights = {
+        "model.embed_tokens.weight": tensor(params["embedding"]) * c.embed_dim**0.5,  # ours scales what it reads
+        "lm_head.weight": tensor(params["embedding"]),
+        "model.norm.weight": tensor(params["final_norm"]["scale"]),
+    }
+    names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
+             "output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
+    for i in range(c.num_layers):
+        for ours, theirs in names.items():
+            kernel = np.asarray(layers[ours]["kernel"][i])
+            into = c.embed_dim if ours != "output" and ours != "down" else np.prod(kernel.shape[:-1])
+            weights[f"model.layers.{i}.{theirs}.weight"] = tensor(kernel.reshape(int(into), -1).T)
+        for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+            weights[f"model.layers.{i}.{theirs}.weight"] = tensor(layers[ours]["scale"][i])
+    llama.load_state_dict(weights)
+    ids = torch.from_numpy(prompts.astype(np.int64))
+    place = np.broadcast_to(np.arange(prompts.shape[1], dtype=np.int32), prompts.shape)
+    expected = np.asarray(model.apply({"params": params}, prompts, place, np.ones_like(prompts)))[:, -1]
+    with torch.no_grad():
+        found = llama(ids).logits[:, -1].numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+    def generate():
+        with torch.no_grad():
+            out = llama.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+                num_return_sequences=SAMPLES, max_new_tokens=NEW, min_new_tokens=NEW,
+            )  # fmt: skip
+        assert out.shape == (len(prompts) * SAMPLES, prompts.shape[1] + NEW)
+
+    return generate
+
+
+def synthetic_catalogue(items, seed=0):
+    """Titles of 8 to 39 tokens that part like real ones: early tokens come from few, later ones from more."""
+    from calrec_jax.data.examples import TokenCatalogue
+
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, 40, items)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    choices = np.minimum(64 << np.minimum(place, 6), VOCAB - 2)
+    tokens = (2 + (rng.random(len(place)) ** 3 * choices)).astype(np.int32)  # skewed, as words are
+    none = np.zeros(0, np.int32)
+    return TokenCatalogue(tokens, offsets, none, none, none, none, none, start_id=0, eos_id=1, cut=0)
+
+
+def trie(arguments):
+    from calrec_jax.decode.trie import build_trie
+
+    catalogue = synthetic_catalogue(arguments.items)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clock, processor = time.perf_counter(), time.process_time()
+    built = build_trie(catalogue.tokens, catalogue.offsets, catalogue.eos_id)
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(
+        f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s ({processor:.1f} s processor), "
+        f"{len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB, {more:.2f} GiB more at the peak while built"
+    )
+
+
+def beam(arguments):
+    from calrec_jax.decode.beam import BeamSearch
+    from calrec_jax.decode.constrained import ConstrainedBeam
+    from calrec_jax.decode.trie import build_trie
+
+    if arguments.run_dir:
+        from calrec_jax.data.dataset import Dataset
+        from calrec_jax.data.examples import tokenise_catalogue
+        from calrec_jax.models.transformer import Transformer
+        from calrec_jax.tokenizer import Tokenizer
+        from calrec_jax.train.checkpoints import load_checkpoint
+
+        run = pathlib.Path(arguments.run_dir)
+        config, params, facts = load_checkpoint(run / "stage2")
+        model = Transformer(config, facts["vocab_size"])
+        dataset, tokenizer = Dataset.load(run / "datasets" / arguments.target), Tokenizer.load(run / "tokenizer")
+        catalogue = tokenise_catalogue([dataset], tokenizer, max_target_tokens=facts["max_target_tokens"])
+    else:
+        model, params = random_model(num_layers=3, embed_dim=128, num_heads=4, num_kv_heads=4, mlp_dim=352)
+        catalogue = synthetic_catalogue(arguments.items)
+    tree = build_trie(catalogue.tokens, catalogue.offsets, catalogue.eos_id)
+    batch = random_batch(arguments.users, arguments.prompt)
+    batch = batch._replace(tokens=batch.tokens % model.vocab_size)
+    shared = {"num_beams": arguments.beams, "batch_users": min(arguments.batch_users, arguments.users)}
+    # As many steps as the trie has levels, so that the seconds are those of as many steps.
+    free = BeamSearch(model, params, eos_id=model.vocab_size, max_new_tokens=tree.depth - len(tree.root_path), **shared)
+    decoders = {"free": free}
+    for renormalise in (False, True):
+        name = "constrained, renormalised" if renormalise else "constrained"
+        decoders[name] = ConstrainedBeam(
+            model, params, catalogue=catalogue, trie=tree, renormalise=renormalise, **shared
+        )  # fmt: skip
+    steps = {name: tree.depth - len(tree.root_path) for name in decoders}
+    sides = {name: (lambda decoder=decoder: decoder(batch)) for name, decoder in decoders.items()}
+    for run_side in sides.values():
+        run_side()
+    print(f"beam {arguments.beams}, {arguments.users} users, prompt {arguments.prompt}, {len(tree.leaf_items):,} items")
+    figures = interleaved(sides, arguments.rounds)
+    for name, (clock, processor) in figures.items():
+        print(f"  {name:<28}{clock:8.2f} s, {processor:8.2f} s processor, at most {steps[name]} steps", end="")
+        print(f", {processor / figures['free'][1]:.2f} of the free beam's")
+
+
+def growth(arguments):
+    """Seconds and peak memory of a process that samples 1, 10 and 100 thousand users of a very small model in shards."""
+    script = """
+import resource, sys, time
+import numpy as np
+sys.path.insert(0, sys.argv[3])
+import decode as bench
+from calrec_jax.decode.sampling import Sampler
+from calrec_jax.decode import shards
+from calrec_jax.decode.writer import Writer
+import types, pathlib
+users, out = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+model, params = bench.random_model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, mlp_dim=24)
+class Prompts:
+    user_ids = np.array([f"user {i}" for i in range(users)], object)
+    lengths = np.full(users, 16)
+    dropped_items = 0
+    def tokens(self, rows, length):
+        return np.random.default_rng(int(rows[0])).integers(2, bench.VOCAB, (len(rows), length)).astype(np.int32)
+tokenizer = types.SimpleNamespace(decode_many=lambda rows: [" ".join(map(str, row)) for row in rows])
+dataset = types.SimpleNamespace(user_ids=Prompts.user_ids)
+sampler = Sampler(model, params, eos_id=1, num_samples=4, temperature=0.5, max_new_tokens=4, batch_users=64)
+writer = Writer(out, "bench", dataset, tokenizer, Prompts(), sampler, 0, False)
+began, processor = time.perf_counter(), time.process_time()
+writer.write(np.arange(users), 1024)
+print("RESULT", time.perf_counter() - began, time.process_time() - processor,
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    here = str(pathlib.Path(__file__).resolve().parent)
+    for users in (1_000, 10_000, 100_000):
+        with tempfile.TemporaryDirectory() as out:
+            command = ["python", "-c", script, str(users), out, here]
+            import sys
+
+            done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=True)
+        clock, processor, memory = map(float, done.stdout.split("RESULT")[1].split())
+        print(
+            f"  {users:>7,} users: {clock:7.1f} s, {processor:7.1f} s processor, {memory:.2f} GiB at the peak",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
