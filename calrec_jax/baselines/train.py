@@ -246,7 +246,7 @@ def _hidden(model: SASRec, params: Any, batch: dict[str, jax.Array]) -> jax.Arra
 
 
 def last_hidden(model: SASRec, params: Any, sequences: Sequences, row_items: int) -> np.ndarray:
-    """The state [U, D] after each user's last item; NaN for a user without any.
+    """The state [U, D] after each user's last item; 0 for a user without any.
 
     Args:
       model: the model.
@@ -256,7 +256,7 @@ def last_hidden(model: SASRec, params: Any, sequences: Sequences, row_items: int
     """
     sequences = sequences.cut(model.config.max_items)
     batch = sequences.pack(np.arange(len(sequences.lengths)), row_items, _PREDICTED_ROWS, with_targets=False)
-    found = np.full((len(sequences.lengths), model.config.width), np.nan, np.float32)
+    found = np.zeros((len(sequences.lengths), model.config.width), np.float32)
     kept = []
     for at in range(0, len(batch["items"]), _PREDICTED_ROWS):
         part = {name: rows[at : at + _PREDICTED_ROWS] for name, rows in batch.items()}
@@ -273,7 +273,7 @@ def _validate(hidden: np.ndarray, params: Any, histories: Histories) -> float:
     block = max(1, _SCORES_A_BLOCK // len(embedding))
     total = 0.0
     for at in range(0, len(hidden), block):
-        scores = np.nan_to_num(hidden[at : at + block]) @ embedding.T
+        scores = hidden[at : at + block] @ embedding.T
         ranks = target_ranks(histories.targets[at : at + block], scores)
         total += per_user_metrics(ranks, "mean_rank")[:, column].sum()
     return float(total / len(hidden))
@@ -319,7 +319,7 @@ class _Log:
         )
 
 
-def load_sasrec(folder: Path, dataset: Dataset, split: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def load_sasrec(folder: Path, dataset: Dataset, split: str) -> tuple[np.ndarray, np.ndarray]:
     """What a trained SASRec says of a split.
 
     Args:
@@ -328,7 +328,7 @@ def load_sasrec(folder: Path, dataset: Dataset, split: str) -> tuple[np.ndarray,
       split: "validation" or "test"; the latter's histories hold the validation item.
 
     Returns:
-      [U, D] the states after each history (NaN where it is empty), [I, D] the embeddings, and the manifest.
+      [U, D] the states after each history (0 where it is empty), and [I, D] the embeddings.
 
     Raises:
       CalrecError: nothing complete is there, it is of another dataset, or it is damaged.
@@ -346,4 +346,4 @@ def load_sasrec(folder: Path, dataset: Dataset, split: str) -> tuple[np.ndarray,
         params = ckpt.restore(checkpoints, manifest["best_epoch"], like).params
     histories = Histories(dataset, split)
     sequences = Sequences(dataset.items, dataset.offsets[:-1], histories.lengths)
-    return last_hidden(model, params, sequences, settings["row_items"]), np.asarray(params["embedding"]), manifest
+    return last_hidden(model, params, sequences, settings["row_items"]), np.asarray(params["embedding"])

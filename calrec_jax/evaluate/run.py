@@ -21,7 +21,7 @@ from calrec_jax.evaluate import baselines as baseline_rankings
 from calrec_jax.evaluate.metrics import CUTOFFS, NDCG_CUTOFFS, TIES, TargetRanks, metric_names, target_ranks
 from calrec_jax.evaluate.summary import ORACLE, Row, print_table, summarise
 from calrec_jax.rank.histories import Histories
-from calrec_jax.rank.run import FROM_HISTORIES
+from calrec_jax.rank.run import BASELINES as BASELINE_SOURCES
 from calrec_jax.rank.run import KIND as RANKING
 from calrec_jax.rank.shards import RankingReader
 
@@ -98,6 +98,7 @@ def evaluate(
         "resamples": resamples,
         "level": level,
         "seed": seed,
+        **baseline_rankings.baseline_settings(baselines),
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
         artifacts.check_files(out, artifacts.read_manifest(out, kind=KIND))
@@ -201,7 +202,7 @@ def ranking_ranks(
 def _ranking_row(
     name: str, folder: pathlib.Path, manifest: Mapping[str, Any], dataset: Dataset, histories: Histories
 ) -> Row:
-    kind = "baseline" if manifest["settings"].get("source") in FROM_HISTORIES else "calrec"
+    kind = "baseline" if manifest["settings"].get("source") in BASELINE_SOURCES else "calrec"
     return Row(name, kind, *ranking_ranks(folder, dataset, histories, manifest.get("list_depth")))
 
 
