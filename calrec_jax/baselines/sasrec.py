@@ -2,7 +2,8 @@
 
 Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018. Trained with cross-entropy over all items, not
 with sampled negatives (Klenitskiy and Vasilev, "Turning Dross Into Gold Loss", RecSys 2023), it is a far stronger
-baseline than as it was published. Notable: users are packed side by side into rows; the output embedding is the input's.
+baseline than as it was published. Notable: users are packed side by side into rows; one embedding serves input and
+output.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ class SASRecConfig:
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "mlp_width", "max_items"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise CalrecError(
-                    f"SASRecConfig.{name}={getattr(self, name)!r}: must be a whole number of at least 1"
-                )
+                raise CalrecError(f"SASRecConfig.{name}={getattr(self, name)!r}: must be a whole number of at least 1")
         if self.width % self.heads:
             raise CalrecError(f"SASRecConfig.width={self.width}: must divide by SASRecConfig.heads={self.heads}")
         if not 0 <= self.dropout_rate < 1:

@@ -113,7 +113,7 @@ def train_sasrec(
     *,
     num_epochs: int = 100,
     patience: int = 10,
-    batch_rows: int = 16,
+    batch_rows: int = 8,
     row_items: int = 64,
     learning_rate: float = 1e-3,
     weight_decay: float = 1.0,
@@ -229,9 +229,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _run_epoch(
-    state: SASRecState, train_step: Callable, epoch: Batch, batch_rows: int
-) -> tuple[SASRecState, float]:
+def _run_epoch(state: SASRecState, train_step: Callable, epoch: Batch, batch_rows: int) -> tuple[SASRecState, float]:
     """The state after an epoch's rows, and the mean loss of its batches."""
     losses = []
     for at in range(0, len(epoch["items"]), batch_rows):
@@ -310,7 +308,9 @@ class _Log:
         self._rows.append(row | {"split": "train", "loss": loss, "seconds": seconds})
         self._rows.append(row | {"split": "validation", WATCHED: value, "seconds": validation_seconds})
         with artifacts.atomic_file(self._out / _LOG_FILE) as temporary:
-            temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in self._rows), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(row, sort_keys=True) + "\n" for row in self._rows), encoding="utf-8"
+            )
         best = " (best)" if int(state.since_best) == 0 else ""
         print(
             f"sasrec: epoch {epoch} loss {loss:.4f}, validation NDCG@10 {value:.4f}{best}, "

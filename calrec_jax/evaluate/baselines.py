@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from calrec_jax.baselines import SUFFIXES, split_name
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.metrics import TargetRanks, target_ranks
@@ -20,19 +21,9 @@ from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, sourc
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.sources import LeftOut, Source
 
-# What a name may end in, and which items it takes out of the ranking: the last one, or all of the history.
-SUFFIXES = {"": "none", "_removed": "last", "_new": "all"}
 BASELINES = tuple(name + suffix for suffix in SUFFIXES for name in FROM_HISTORIES)
 BM25_TEXTS = ("reference", "title", "ranking")
 _SCORES_A_BLOCK = 2**21
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A baseline's name without its suffix, and which items that takes out: one of `rank.sources.LEAVE_OUT`."""
-    for suffix, left_out in SUFFIXES.items():
-        if suffix and name.endswith(suffix):
-            return name.removesuffix(suffix), left_out
-    return name, "none"
 
 
 def baseline_settings(names: Sequence[str]) -> dict[str, Any]:
