@@ -59,9 +59,9 @@ class Line:
         `target`, from the parameters of the stage before.
       decodes: gin scopes of `decode`; the completions each writes have its name.
       rankings: gin scope of `rank` to the name of the decode it ranks, or None where it needs no completions.
-      baselines: baselines that are trained (`evaluate.baselines` has the others): gin scopes of `sasrec` and of `rank`. A
-        name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of the
-        history left out; the model is trained once.
+      baselines: baselines that are trained (`evaluate.baselines` has the others): gin scopes of `sasrec` and of `rank`.
+        A name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of
+        the history left out; the model is trained once.
       split: "validation" or "test"; what is decoded, ranked and evaluated.
     """
 

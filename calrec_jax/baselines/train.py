@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import gin
@@ -119,10 +119,10 @@ def train_sasrec(
     weight_decay: float = 1.0,
     seed: int = 0,
 ) -> Path:
-    """Trains SASRec into `out`: `model.json`, `checkpoints/`, `metrics.jsonl`, `manifest.json`. Resumes; skips when done.
+    """Trains SASRec into `out`. Resumes after the last epoch; skips when that is done.
 
     Args:
-      out: the baseline's folder.
+      out: the baseline's folder: `model.json`, `checkpoints/`, `metrics.jsonl`, `manifest.json`.
       dataset: whose items before the validation targets are learnt.
       num_epochs: at most.
       patience: epochs without a better validation NDCG@10 before training ends; 0 is never.
@@ -218,7 +218,7 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)
         inputs = batch["items"], batch["segments"], batch["from_end"]
         hidden = model.apply({"params": params}, *inputs, deterministic=False, rngs={"dropout": rng})
-        return cross_entropy(hidden, params["embedding"], batch["targets"], batch["segments"])
+        return cross_entropy(cast(jax.Array, hidden), params["embedding"], batch["targets"], batch["segments"])
 
     def train_step(state: SASRecState, batch: dict[str, jax.Array]) -> tuple[SASRecState, jax.Array]:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch, state.step)
@@ -240,7 +240,7 @@ def _run_epoch(state: SASRecState, train_step: Callable, epoch: Batch, batch_row
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(model: SASRec, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return model.apply({"params": params}, batch["items"], batch["segments"], batch["from_end"])
+    return cast(jax.Array, model.apply({"params": params}, batch["items"], batch["segments"], batch["from_end"]))
 
 
 def last_hidden(model: SASRec, params: Any, sequences: Sequences, row_items: int) -> np.ndarray:

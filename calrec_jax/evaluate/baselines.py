@@ -49,8 +49,8 @@ def baseline_sources(
     unknown = [name for name in names if name not in BASELINES]
     if unknown or len(set(names)) != len(names):
         raise CalrecError(
-            f"evaluate.baselines is {list(names)}: choose from {list(FROM_HISTORIES)}, each at most once, and once more "
-            "with _removed (the last item left out of the ranking) and with _new (the whole history left out)"
+            f"evaluate.baselines is {list(names)}: choose from {list(FROM_HISTORIES)}, each at most once, and "
+            "once more with _removed (the last item left out of the ranking) and with _new (the whole history left out)"
         )
     if bm25_text not in BM25_TEXTS:
         raise CalrecError(f"evaluate.bm25_text is {bm25_text!r}: choose one of {list(BM25_TEXTS)}")

@@ -69,7 +69,7 @@ class RecentPopularity:
 
 @compiled
 def _count_windows(items, rows, begins, ends, counts):  # pragma: no cover (compiled)
-    """Slides one window over the sorted purchases: `rows` in the order of their ends, all of the same length in time."""
+    """Slides one window over the sorted purchases: `rows` in the order of their ends, all equally long in time."""
     window = np.zeros(counts.shape[1])
     begin, end = 0, 0
     for row in rows:

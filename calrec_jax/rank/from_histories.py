@@ -1,4 +1,4 @@
-"""The sources that need histories alone, by name: baselines of every report, and sources to rank, fill and fuse with."""
+"""Sources that need histories alone, by name: baselines of every report, and sources to rank, fill and fuse with."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
