@@ -112,7 +112,7 @@ def train_sasrec(
     dataset: Dataset,
     *,
     num_epochs: int = 100,
-    patience: int = 10,
+    patience: int = 5,
     batch_rows: int = 8,
     row_items: int = 64,
     learning_rate: float = 1e-3,
