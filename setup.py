@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.11",
     "pyarrow>=17",
     "rich",
+    "scipy>=1.13",
     "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
     "seqio>=0.0.20",
     "tensorboardX",
