@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "pyarrow>=17",
     "requests",
     "rich",
+    "scipy>=1.13",
     "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
     "seqio>=0.0.20",
     "tensorboardX",

@@ -1,9 +1,9 @@
 """The command `calrec`: one verb a step, all of them over the same gin file and run folder.
 
 Notable: nothing heavy is imported before a verb runs, so `calrec --help` answers at once. On Linux with glibc the verbs
-that train or decode (`train`, `decode`, `eval_tasks`, `run`, `quickstart`) start themselves once more with the C
-allocator set for large arrays, which can only be done by the environment of a new process; docs/performance.md has what
-that gains, and `CALREC_ALLOCATOR=0` switches it off.
+that train or decode (`_COMPUTING`) start themselves once more with the C allocator set for large arrays, which can only
+be done by the environment of a new process; docs/performance.md has what that gains, and `CALREC_ALLOCATOR=0` switches
+it off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 _ALLOCATOR_SWITCH = "CALREC_ALLOCATOR"
-_COMPUTING = ("train", "decode", "eval_tasks", "run", "quickstart")
+_COMPUTING = ("train", "decode", "baselines", "eval_tasks", "run", "quickstart")
 _ON_HOSTS = ("train",)
 _SPLIT = {"choices": ("validation", "test"), "help": "in place of run.split"}
 
@@ -182,6 +182,13 @@ def _rank(line: Line, arguments: argparse.Namespace) -> None:
         line.rank(name)
 
 
+def _baselines(line: Line, arguments: argparse.Namespace) -> None:
+    from calrec_jax.pipeline import print_summary
+
+    line.run_baselines(arguments.name)
+    print_summary(line.layout, line.split)
+
+
 def _evaluate(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.pipeline import print_summary
 
@@ -300,6 +307,13 @@ _VERBS = {
         "completions → rankings of the catalogue",
         f"rank {_RUN} --name=calrec",
         name={"help": "only this one of run.rankings"},
+        split=_SPLIT,
+    ),
+    "baselines": _Verb(
+        _baselines,
+        "raw dumps → baselines, trained and counted, and a report",
+        "baselines --gin_file=runs/scientific_baselines.gin --run_dir=runs/sci --gin.DATA_DIR='\"/data/amazon2018\"'",
+        name={"help": "only this one, of run.baselines or as evaluate.baselines names them, into a report of its own"},
         split=_SPLIT,
     ),
     "evaluate": _Verb(

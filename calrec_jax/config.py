@@ -36,6 +36,8 @@ MODULES = (
     "calrec_jax.train.loop",
     "calrec_jax.decode.run",
     "calrec_jax.rank.run",
+    "calrec_jax.baselines.sasrec",
+    "calrec_jax.baselines.train",
     "calrec_jax.evaluate.run",
     "calrec_jax.pipeline",
 )

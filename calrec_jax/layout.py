@@ -38,6 +38,14 @@ class RunLayout:
         """What the ranking named `name` says for a split."""
         return self.root / "rankings" / f"{split}-{name}"
 
+    def baseline(self, name: str) -> pathlib.Path:
+        """A baseline that is trained: its model."""
+        return self.root / "baselines" / name
+
+    def baseline_report(self, split: str, name: str) -> pathlib.Path:
+        """What `calrec baselines --name` says of one baseline alone."""
+        return self.root / "baselines" / "reports" / f"{split}-{name}"
+
     def report(self, split: str) -> pathlib.Path:
         """The report; that of the test split, which is the one to show, has the plain name."""
         return self.root / ("report" if split == "test" else f"report-{split}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import gin
 
 from calrec_jax import artifacts
+from calrec_jax.baselines import split_name
 from calrec_jax.config import Config
 from calrec_jax.errors import CalrecError
 from calrec_jax.layout import RunLayout
@@ -36,7 +37,8 @@ _PASSED = {
     "vocab": ("out", "datasets", "template"),
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
-    "rank": ("out", "dataset", "completions", "split"),
+    "rank": ("out", "dataset", "completions", "split", "baseline"),
+    "sasrec": ("out", "dataset"),
     "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
 }
 
@@ -59,6 +61,9 @@ class Line:
         `target`, from the parameters of the stage before.
       decodes: gin scopes of `decode`; the completions each writes have its name.
       rankings: gin scope of `rank` to the name of the decode it ranks, or None where it needs no completions.
+      baselines: baselines that are trained (`evaluate.baselines` has the others): gin scopes of `sasrec` and of `rank`.
+        A name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of
+        the history left out; the model is trained once.
       split: "validation" or "test"; what is decoded, ranked and evaluated.
     """
 
@@ -72,6 +77,7 @@ class Line:
     stages: tuple[str, ...] = ("stage1", "stage2")
     decodes: tuple[str, ...] = ("sample",)
     rankings: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: {"calrec": "sample"})
+    baselines: tuple[str, ...] = ()
     split: str = "test"
 
     def __post_init__(self) -> None:
@@ -85,6 +91,9 @@ class Line:
                 raise CalrecError(
                     f"run.rankings: {name} ranks the decode {decode!r}, and run.decodes has {self.decodes}"
                 )
+        both = sorted({name for name in self.baselines if self.baselines.count(name) > 1 or name in self.rankings})
+        if both:
+            raise CalrecError(f"run.baselines: {', '.join(both)} would be ranked twice (run.rankings counts, too)")
         for category in self.all_categories:
             if not category or category.startswith(".") or "/" in category or "\\" in category:
                 raise CalrecError(f"run.categories: {category!r} cannot be the name of a category")
@@ -105,8 +114,15 @@ class Line:
 
     def check(self, config: Config) -> None:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
-        config.check_scopes([*self.stages, *self.decodes, *self.rankings])
-        for selector, scopes in (("train", self.stages), ("decode", self.decodes), ("rank", self.rankings)):
+        models = [split_name(name)[0] for name in self.baselines]
+        ranks = [*self.rankings, *self.baselines]
+        config.check_scopes([*self.stages, *self.decodes, *ranks, *models])
+        for selector, scopes in (
+            ("train", self.stages),
+            ("decode", self.decodes),
+            ("rank", ranks),
+            ("sasrec", models),
+        ):
             config.check_scopes(scopes, selector)
         for selector, parameters in _PASSED.items():
             config.check_not_bound(selector, parameters, _FROM_LINE)
@@ -173,11 +189,64 @@ class Line:
         with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
             rank(out, self._dataset(self.target), completions, split=self.split)
 
+    def baseline(self, name: str) -> None:
+        """Trains a baseline of `baselines`, and ranks the catalogue by it."""
+        from calrec_jax.baselines.train import train_sasrec
+        from calrec_jax.rank.run import rank
+
+        self._check_name(name, self.baselines, "run.baselines")
+        model, left_out = split_name(name)
+        folder, out = self.layout.baseline(model), self.layout.ranking(self.split, name)
+        dataset = self._dataset(self.target)
+        with self.step(f"baseline {model}", folder), gin.config_scope(model):
+            train_sasrec(folder, dataset)
+        with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
+            rank(out, dataset, None, split=self.split, source="sasrec", leave_out_history=left_out, baseline=folder)
+
+    def run_baselines(self, name: str | None = None) -> None:
+        """Makes the target's dataset, then the baselines, and evaluates them: all into the run's report, or one alone.
+
+        Args:
+          name: of `baselines`, or any that `evaluate.baselines` could have; its report is
+            `baselines/reports/<split>-<name>/` of the run folder.
+        """
+        if name is None:
+            self._check_ranked()
+        self.prepare(self.target)
+        if name is None:
+            for each in self.baselines:
+                self.baseline(each)
+            self.evaluate()
+            return
+        from calrec_jax.evaluate.baselines import BASELINES
+        from calrec_jax.evaluate.run import evaluate
+
+        self._check_name(name, (*self.baselines, *BASELINES), "run.baselines or evaluate.baselines")
+        trained = {}
+        if name in self.baselines:
+            self.baseline(name)
+            trained = {name: self.layout.ranking(self.split, name)}
+        out = self.layout.baseline_report(self.split, name)
+        with self.step(f"evaluate {self.split}-{name}", out):
+            counted = () if trained else (name,)
+            evaluate(out, self._dataset(self.target), trained, split=self.split, baselines=counted)
+
+    def _check_ranked(self) -> None:
+        """Raises a `CalrecError` for rankings of the report that are not made yet, before hours go into baselines."""
+        folders = [self.layout.ranking(self.split, name) for name in self.rankings]
+        missing = [str(folder) for folder in folders if not (folder / artifacts.MANIFEST).exists()]
+        if missing:
+            raise CalrecError(
+                f"the report shows the rankings of run.rankings, too, and there is no {', '.join(missing)} yet: run "
+                "`calrec run`, which makes all; or `calrec baselines --name=…` for one baseline alone; or set "
+                "run.rankings={}"
+            )
+
     def evaluate(self) -> None:
         """Scores the rankings beside the baselines, and writes the report."""
         from calrec_jax.evaluate.run import evaluate
 
-        rankings = {name: self.layout.ranking(self.split, name) for name in self.rankings}
+        rankings = {name: self.layout.ranking(self.split, name) for name in (*self.baselines, *self.rankings)}
         out = self.layout.report(self.split)
         # The shop knows the probabilities of the last purchase, which is the test split's target.
         oracle = pathlib.Path(self._data_dir, self.oracle.replace("{category}", self.target))
@@ -241,10 +310,11 @@ class Line:
         """The whole line, in order."""
         return [
             *(functools.partial(self.prepare, category) for category in self.all_categories),
-            self.vocab,
+            *([self.vocab] if self.stages else []),  # nothing else reads the tokenizer
             *(functools.partial(self.train, stage) for stage in self.stages),
             *(functools.partial(self.decode, name) for name in self.decodes),
             *(functools.partial(self.rank, name) for name in self.rankings),
+            *(functools.partial(self.baseline, name) for name in self.baselines),
             self.evaluate,
         ]
 

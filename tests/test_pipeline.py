@@ -54,6 +54,7 @@ def rooms(monkeypatch):
     module("decode.run", decode=recorder.room("decode"))
     module("rank.run", rank=recorder.room("rank"))
     module("integrations.seqio_eval", eval_tasks=recorder.room("eval_tasks"))
+    module("baselines.train", train_sasrec=recorder.room("baseline"))
     module("evaluate.run", evaluate=recorder.room("evaluate"))
     pipeline._load_dataset_cached.cache_clear()
     yield recorder
@@ -186,6 +187,57 @@ def test_other_splits_stages_and_files(rooms, line, tmp_path):
     assert rooms.calls[-1][3]["oracle"] == oracle
 
 
+def test_baselines_are_trained_once_ranked_each_and_reported(rooms, line):
+    trained = dataclasses.replace(line, rankings={}, baselines=("sasrec", "sasrec_new", "other_removed"))
+    trained.run_baselines()
+    root = RunLayout(pathlib.Path(line.run_dir))
+    assert [(verb, str(out.relative_to(root.root)), scope) for verb, out, _, _, scope in rooms.calls] == [
+        ("prepare", "datasets/Toys", ""),
+        ("baseline", "baselines/sasrec", "sasrec"),
+        ("rank", "rankings/test-sasrec", "sasrec"),
+        ("baseline", "baselines/sasrec", "sasrec"),
+        ("rank", "rankings/test-sasrec_new", "sasrec_new"),
+        ("baseline", "baselines/other", "other"),
+        ("rank", "rankings/test-other_removed", "other_removed"),
+        ("evaluate", "report", ""),
+    ]
+    assert rooms.skipped == [root.baseline("sasrec")]
+    rank = {"split": "test", "source": "sasrec", "baseline": root.baseline("sasrec")}
+    assert rooms.calls[2][2:4] == ((f"read {root.dataset('Toys')}", None), rank | {"leave_out_history": "none"})
+    assert rooms.calls[4][3] == rank | {"leave_out_history": "all"}
+    assert rooms.calls[6][3] == rank | {"leave_out_history": "last", "baseline": root.baseline("other")}
+    assert list(rooms.calls[-1][2][1]) == ["sasrec", "sasrec_new", "other_removed"]
+
+
+def test_a_baseline_alone_has_a_report_of_its_own(rooms, line):
+    line = dataclasses.replace(line, baselines=("sasrec",))
+    root = RunLayout(pathlib.Path(line.run_dir))
+    line.run_baselines("sasrec")
+    assert [call[0] for call in rooms.calls] == ["prepare", "baseline", "rank", "evaluate"]
+    _, out, inputs, settings, _ = rooms.calls[-1]
+    assert out == root.root / "baselines" / "reports" / "test-sasrec"
+    assert inputs[1] == {"sasrec": root.ranking("test", "sasrec")} and settings == {"split": "test", "baselines": ()}
+    line.run_baselines("ease_new")
+    _, out, inputs, settings, _ = rooms.calls[-1]
+    assert out == root.root / "baselines" / "reports" / "test-ease_new"
+    assert inputs[1] == {} and settings == {"split": "test", "baselines": ("ease_new",)}
+    with pytest.raises(CalrecError, match="--name=magic is not in run.baselines or evaluate"):
+        line.run_baselines("magic")
+
+
+def test_the_whole_line_has_the_baselines_and_no_tokenizer_where_nothing_is_trained_on_text(rooms, line):
+    dataclasses.replace(line, stages=(), decodes=(), rankings={}, baselines=("sasrec",)).run()
+    verbs = [call[0] for call in rooms.calls]
+    assert verbs == ["prepare", "prepare", "baseline", "rank", "evaluate"]
+
+
+def test_baselines_beside_rankings_that_are_not_made(rooms, line):
+    line = dataclasses.replace(line, baselines=("sasrec",))
+    with pytest.raises(CalrecError, match=r"there is no .*test-calrec, .*test-blend yet: run `calrec run`"):
+        line.run_baselines()
+    assert not rooms.calls
+
+
 def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
     line.eval_tasks()
     line.eval_tasks("beam")
@@ -208,6 +260,8 @@ def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
         ({"stages": ("stage3",)}, r"run.stages has 'stage3'; it can have stage1 and stage2"),
         ({"rankings": {"calrec": "sampel"}}, r"run.rankings: calrec ranks the decode 'sampel'"),
         ({"categories": ("../Toys",)}, r"'../Toys' cannot be the name of a category"),
+        ({"baselines": ("calrec",)}, r"run.baselines: calrec would be ranked twice"),
+        ({"baselines": ("sasrec", "sasrec")}, r"run.baselines: sasrec would be ranked twice"),
         ({"target": ""}, r"'' cannot be the name of a category"),
     ],
 )
@@ -267,6 +321,8 @@ def test_the_layout_is_the_documented_one(tmp_path):
         layout.ranking("test", "calrec"),
         layout.report("test"),
         layout.report("validation"),
+        layout.baseline("sasrec"),
+        layout.baseline_report("test", "sasrec"),
         layout.timing,
     ]
     assert [str(path.relative_to(tmp_path)) for path in paths] == [
@@ -278,5 +334,7 @@ def test_the_layout_is_the_documented_one(tmp_path):
         "rankings/test-calrec",
         "report",
         "report-validation",
+        "baselines/sasrec",
+        "baselines/reports/test-sasrec",
         "timing.json",
     ]

@@ -34,7 +34,7 @@ from calrec_jax.evaluate.summary import BASELINE, CALREC, ORACLE, OTHER, Row, Su
 from calrec_jax.evaluate.terminal import print_table
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import Scores
-from calrec_jax.rank.run import FROM_HISTORIES
+from calrec_jax.rank.run import BASELINES as BASELINE_SOURCES
 from calrec_jax.rank.run import KIND as RANKING
 from calrec_jax.rank.shards import RankingReader
 
@@ -127,6 +127,7 @@ def evaluate(
         "level": level,
         "seed": seed,
         "shown_users": shown_users,
+        **baseline_rankings.baseline_settings(baselines),
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
         artifacts.check_files(out, artifacts.read_manifest(out, kind=KIND))
@@ -228,7 +229,7 @@ def ranking_places(folder: pathlib.Path, targets: Targets, depth: int | None = N
 
 def _ranking_row(name: str, folder: pathlib.Path, manifest: Mapping[str, Any], targets: Targets) -> Row:
     settings = manifest["settings"]
-    kind = BASELINE if settings.get("source") in FROM_HISTORIES else CALREC
+    kind = BASELINE if settings.get("source") in BASELINE_SOURCES else CALREC
     facts = {"leave_out_history": settings.get("leave_out_history", "none")}
     return Row(name, kind, ranking_places(folder, targets, manifest.get("list_depth")), facts)
 

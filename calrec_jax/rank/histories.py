@@ -1,4 +1,4 @@
-"""What the purchases before a split's target say: last items, popularity, what follows what.
+"""What the purchases before a split's target say: last items, popularity, who bought what, what follows what.
 
 Notable: for `test` the histories hold the validation item; nothing from a target on is ever read. Whole arrays, no loop
 over users.
@@ -7,6 +7,7 @@ over users.
 import functools
 
 import numpy as np
+import scipy.sparse
 
 from calrec_jax.data.dataset import SPLITS, Dataset
 from calrec_jax.errors import CalrecError
@@ -30,6 +31,7 @@ class Histories:
         self.users = dataset.users_with(split)
         self.lengths = dataset.history_lengths(split)
         self._items = dataset.items
+        self._timestamps = dataset.timestamps
         self._begins = dataset.offsets[:-1]
         self._ends = self._begins + self.lengths
         self.targets = np.full(len(self.lengths), -1, np.int32)
@@ -43,14 +45,26 @@ class Histories:
     @functools.cached_property
     def items(self) -> np.ndarray:
         """[purchases in histories] int32, users one after the other, oldest first."""
+        return self._items[self._flat]
+
+    @functools.cached_property
+    def timestamps(self) -> np.ndarray:
+        """[purchases in histories] int64, seconds; as `items`."""
+        return self._timestamps[self._flat]
+
+    @functools.cached_property
+    def _flat(self) -> np.ndarray:
         offsets = np.cumsum(self.lengths) - self.lengths
-        flat = np.arange(self.lengths.sum()) + np.repeat(self._begins - offsets, self.lengths)
-        return self._items[flat]
+        return np.arange(self.lengths.sum()) + np.repeat(self._begins - offsets, self.lengths)
 
     def last(self, users: np.ndarray, back: int = 0) -> np.ndarray:
         """[B] int32: the last item of each user's history, or the one `back` purchases before it; −1 where none is."""
         at = self._ends[users] - 1 - back
         return np.where(at >= self._begins[users], self._items[np.maximum(at, 0)], -1)
+
+    def last_timestamps(self, users: np.ndarray) -> np.ndarray:
+        """[B] int64: when the last item of each user's history was bought; of no meaning where the history is empty."""
+        return self._timestamps[np.maximum(self._ends[users] - 1, 0)]
 
     def of(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows into `users`, and the items of their histories: two flat arrays."""
@@ -58,6 +72,20 @@ class Histories:
         rows = np.repeat(np.arange(len(users)), lengths)
         offsets = np.cumsum(lengths) - lengths
         return rows, self._items[np.arange(lengths.sum()) + np.repeat(self._begins[users] - offsets, lengths)]
+
+    def backs(self, users: np.ndarray) -> np.ndarray:
+        """How many purchases of the history come after each item that `of` gives: a flat array."""
+        lengths = self.lengths[users]
+        return np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
+
+    def distinct(self, users: np.ndarray, decay: float) -> scipy.sparse.csr_array:
+        """[B, I] float64: decay^(purchases after the item's latest one), 0 where the item is not in the history."""
+        rows, items = self.of(users)
+        backs = self.backs(users)[::-1]
+        codes, latest = np.unique((rows.astype(np.int64) * self.num_items + items)[::-1], return_index=True)
+        weights = decay ** backs[latest].astype(np.float64)
+        places = codes // self.num_items, codes % self.num_items
+        return scipy.sparse.csr_array((weights, places), (len(users), self.num_items))
 
     @functools.cached_property
     def popularity(self) -> np.ndarray:

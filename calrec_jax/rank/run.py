@@ -1,4 +1,4 @@
-"""The verb `rank`: completions (or histories) in, ranked lists of the catalogue out.
+"""The verb `rank`: completions (or histories, or a trained baseline) in, ranked lists of the catalogue out.
 
 Notable: users are ranked in blocks, so memory is bounded whatever their number, and the shards appear together when
 all is written. The same inputs and settings give the same bytes.
@@ -7,7 +7,7 @@ all is written. The same inputs and settings give the same bytes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
@@ -19,19 +19,21 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.rank import sources
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.completions import Completions
+from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import order
 from calrec_jax.rank.round_robin import EPSILON, RoundRobin
 from calrec_jax.rank.shards import RankingReader, RankingWriter
+from calrec_jax.rank.sources import LEAVE_OUT
 
 KIND = "ranking"
 WHOLE_CATALOGUE_UP_TO = 20_000
 DEPTH_BEYOND = 1_000
 USERS_A_BLOCK = 256
 FROM_COMPLETIONS = ("completions", "constrained", "tower")
-FROM_HISTORIES = ("popularity", "last_item", "transitions", "bm25_last", "blend")
-SOURCES = (*FROM_COMPLETIONS, *FROM_HISTORIES, "fusion")
-LEAVE_OUT = ("none", "last", "all")
+TRAINED = ("sasrec",)
+BASELINES = (*FROM_HISTORIES, *TRAINED)
+SOURCES = (*FROM_COMPLETIONS, *BASELINES, "fusion")
 
 
 @gin.configurable
@@ -49,6 +51,7 @@ def rank(
     leave_out_history: str = "none",
     missing: str = "error",
     fuse: Mapping[str, float] | None = None,
+    baseline: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Ranks the catalogue for every user of a split. Skips when that is done.
 
@@ -58,8 +61,8 @@ def rank(
       completions: folder of the dataset's completions for the split; None where the source needs none.
       split: "validation" or "test".
       source: "completions" (quasi-round-robin BM25 over free completions), "constrained" (the items of a constrained
-        decode by log-probability, all others tied behind), "tower" (user vector · item vectors), "popularity",
-        "last_item", "transitions", "bm25_last", "blend" (from the histories alone), or "fusion".
+        decode by log-probability, all others tied behind), "tower" (user vector · item vectors), one of
+        `FROM_HISTORIES` (from the histories alone), "sasrec" (a trained baseline), or "fusion".
       depth: of the lists; None: the whole catalogue up to 20,000 items, else 1,000.
       epsilon: ε of quasi-round-robin.
       score: S of a completion: "sum" (the paper) or "mean" of its tokens' log-probabilities.
@@ -67,20 +70,21 @@ def rank(
       leave_out_history: items moved to the bottom: "none", the "last" of the history, or "all" of it.
       missing: users without completions: "error", or "skip" them (an evaluation counts them as misses).
       fuse: for "fusion": names of rankings beside `out` (without the split) to their weights.
+      baseline: for "sasrec": folder of the trained model.
 
     Returns:
       `out`.
 
     Raises:
-      CalrecError: a setting is not valid, the completions are missing, incomplete or another dataset's, or `out` holds
-        a ranking made otherwise.
+      CalrecError: a setting is not valid, the completions or the model are missing, incomplete or another dataset's, or
+        `out` holds a ranking made otherwise.
     """
     _check_settings(source, fill, leave_out_history, depth, fuse)
     histories = Histories(dataset, split)
     out = pathlib.Path(out)
     tokenizer = BM25Tokenizer()
     folders = {} if source != "fusion" else {name: out.parent / f"{split}-{name}" for name in dict(fuse or {})}
-    inputs = _inputs(dataset, completions, split, source, folders)
+    inputs = _inputs(dataset, completions, split, source, folders, baseline)
     made_from = {"dataset": dataset.hash, **{role: manifest["hash"] for role, (_, manifest) in inputs.items()}}
     settings = {
         "split": split,
@@ -93,16 +97,20 @@ def rank(
         "missing": missing,
         "fuse": dict(fuse) if fuse else None,
         "bm25": dataclasses.asdict(tokenizer),
+        **{name: own for name in dict.fromkeys([source, fill]) if (own := source_settings(name))},
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
         return out
-    for folder, manifest in inputs.values():
-        artifacts.check_files(folder, manifest)
+    for role, (folder, manifest) in inputs.items():
+        if role != "baseline":  # orbax checks what it reads
+            artifacts.check_files(folder, manifest)
     index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
     users = histories.users
     if source in FROM_COMPLETIONS:
         assert completions is not None
         ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing, split)
+    elif source in TRAINED:
+        ranked = _sasrec(dataset, histories, split, baseline)
     elif source == "fusion":
         weights = [(RankingReader(folders[name], dataset), weight) for name, weight in dict(fuse or {}).items()]
         ranked = sources.Fusion(weights, len(dataset.item_ids))
@@ -113,7 +121,7 @@ def rank(
     num_items = len(dataset.item_ids)
     cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
     with artifacts.atomic_folder(out) as temporary:
-        _write(temporary, dataset, users, ranked, histories, leave_out_history, cut)
+        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history), cut)
         artifacts.write_manifest(
             temporary,
             kind=KIND,
@@ -151,6 +159,7 @@ def _inputs(
     split: str,
     source: str,
     folders: Mapping[str, pathlib.Path],
+    baseline: pathlib.Path | None,
 ) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
     """Role to folder and manifest of what a source reads beside the dataset; they must be of the dataset and split."""
     inputs = {
@@ -162,6 +171,10 @@ def _inputs(
                 f"rank.source={source!r} needs completions: run `calrec decode`, and name its decode here"
             )
         inputs["completions"] = completions, artifacts.read_manifest(completions, kind="completions")
+    if source in TRAINED:
+        if baseline is None:
+            raise CalrecError(f"rank.source={source!r} ranks a trained model: name it in run.baselines instead")
+        inputs["baseline"] = baseline, artifacts.read_manifest(baseline, kind="baseline")
     for role, (folder, manifest) in inputs.items():
         if manifest["made_from"].get("dataset") != dataset.hash:
             raise CalrecError(
@@ -213,18 +226,12 @@ def _from_completions(
     return _ByUser(made, loaded.users, len(dataset.user_ids)), loaded.users
 
 
-def from_histories(
-    name: str, histories: Histories, texts: Sequence[str], index: Callable[[], BM25Index]
-) -> sources.Source:
-    """One of `FROM_HISTORIES`; `index` is called for the BM25 index of `texts` where it is needed."""
-    if name == "popularity":
-        return sources.Popularity(histories)
-    if name == "last_item":
-        return sources.LastItem(histories)
-    if name == "transitions":
-        return sources.FirstOrderTransitions(histories)
-    bm25 = sources.BM25OfLast(histories, index(), texts)
-    return bm25 if name == "bm25_last" else sources.Blend(histories, bm25)
+def _sasrec(dataset: Dataset, histories: Histories, split: str, folder: pathlib.Path | None) -> sources.Source:
+    """A trained SASRec as a source."""
+    from calrec_jax.baselines.train import load_sasrec  # JAX: other rankings do without
+
+    assert folder is not None
+    return sources.Tower(*load_sasrec(folder, dataset, split), histories.popularity)
 
 
 def _write(
@@ -232,8 +239,6 @@ def _write(
     dataset: Dataset,
     users: np.ndarray,
     source: sources.Source,
-    histories: Histories,
-    leave_out_history: str,
     depth: int,
 ) -> None:
     """Scores, orders and writes all users, block by block."""
@@ -242,10 +247,4 @@ def _write(
     with RankingWriter(folder, dataset) as writer:
         for at in range(0, len(users), block):
             part = users[at : at + block]
-            scores = source.scores(part)
-            if leave_out_history == "last":
-                last = histories.last(part)
-                scores = scores.leave_out(np.flatnonzero(last >= 0), last[last >= 0])
-            elif leave_out_history == "all":
-                scores = scores.leave_out(*histories.of(part))
-            writer.write(part, order(scores, depth))
+            writer.write(part, order(source.scores(part), depth))

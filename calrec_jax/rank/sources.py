@@ -1,8 +1,7 @@
-"""Where scores of items come from: histories, the user tower, constrained completions, other rankings.
+"""Where scores of items come from: the user tower, constrained completions, other rankings, and what wraps a source.
 
 Notable: each source answers `scores(users)` with a `Scores` block over the whole catalogue. Those made from histories
-need no model: they are the baselines of every report, and sources to fuse with. Quasi-round-robin over free
-completions is in `round_robin.py`.
+alone are in `from_histories.py`, quasi-round-robin over free completions in `round_robin.py`.
 """
 
 from collections.abc import Sequence
@@ -10,13 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import Scores, dense_ranks
 from calrec_jax.rank.shards import RankingReader
 
 UNLISTED = -1e9  # below any sum of log-probabilities
 RECIPROCAL_RANK_OFFSET = 60.0  # Cormack, Clarke and Büttcher, SIGIR 2009
+LEAVE_OUT = ("none", "last", "all")
 
 
 class Source(Protocol):
@@ -27,121 +26,39 @@ class Source(Protocol):
         ...
 
 
-class Popularity:
-    """How often an item is in the histories."""
+class LeftOut:
+    """Another source, with the last item of the user's history, or all of it, tied at the bottom."""
 
-    def __init__(self, histories: Histories):
-        self.histories = histories
-
-    def scores(self, users: np.ndarray) -> Scores:
-        """See `Source`."""
-        return Scores(np.tile(self.histories.popularity, (len(users), 1)))
-
-
-class LastItem:
-    """The last item again; the rest by popularity."""
-
-    def __init__(self, histories: Histories):
-        self.histories = histories
-
-    def scores(self, users: np.ndarray) -> Scores:
-        """See `Source`."""
-        primary = np.zeros((len(users), self.histories.num_items))
-        last = self.histories.last(users)
-        known = np.flatnonzero(last >= 0)
-        primary[known, last[known]] = 1.0
-        return Scores(primary, self.histories.popularity[None])
-
-
-class FirstOrderTransitions:
-    """How often an item followed the user's last one; ties by popularity."""
-
-    def __init__(self, histories: Histories):
-        self.histories = histories
-
-    def scores(self, users: np.ndarray) -> Scores:
-        """See `Source`."""
-        primary = np.zeros((len(users), self.histories.num_items))
-        self.histories.transitions.add(primary, self.histories.last(users), np.ones(len(users)))
-        return Scores(primary, self.histories.popularity[None])
-
-
-class BM25OfLast:
-    """BM25 of the last item's text against the catalogue; ties by popularity."""
-
-    def __init__(self, histories: Histories, index: BM25Index, texts: Sequence[str]):
-        self.histories = histories
-        self.index = index
-        self.texts = texts
-
-    def scores(self, users: np.ndarray) -> Scores:
-        """See `Source`."""
-        last, rows = np.unique(self.histories.last(users), return_inverse=True)
-        scored = self.index.scores([self.texts[item] if item >= 0 else "" for item in last])
-        return Scores(scored[rows].astype(np.float64), self.histories.popularity[None])
-
-
-class Blend:
-    """Text and transitions without training: what to beat.
-
-    0.5 · BM25 of the last item (scaled by its maximum) + Σ_d decay^d · c/(z+1) over the last items, d = 0 the last: c
-    how often an item followed that one, z all transitions from it. Ties by popularity.
-    """
-
-    def __init__(
-        self,
-        histories: Histories,
-        bm25: BM25OfLast,
-        *,
-        bm25_weight: float = 0.5,
-        num_last: int = 10,
-        decay: float = 0.8,
-    ):
-        self.histories = histories
-        self.bm25 = bm25
-        self.bm25_weight = bm25_weight
-        self.num_last = num_last
-        self.decay = decay
-
-    def scores(self, users: np.ndarray) -> Scores:
-        """See `Source`."""
-        primary = self.bm25.scores(users).primary
-        highest = primary.max(axis=1, keepdims=True)
-        primary = self.bm25_weight * np.divide(primary, highest, out=np.zeros_like(primary), where=highest > 0)
-        transitions = self.histories.transitions
-        for back in range(self.num_last):
-            items = self.histories.last(users, back)
-            transitions.add(primary, items, self.decay**back / (transitions.totals[items] + 1.0))
-        return Scores(primary, self.histories.popularity[None])
-
-
-class LastItemRemoved:
-    """Another source, with the user's last item at the bottom."""
-
-    def __init__(self, source: Source, histories: Histories):
+    def __init__(self, source: Source, histories: Histories, which: str):
+        """`which` is one of `LEAVE_OUT`."""
         self.source = source
         self.histories = histories
+        self.which = which
 
     def scores(self, users: np.ndarray) -> Scores:
         """See `Source`."""
-        last = self.histories.last(users)
-        known = np.flatnonzero(last >= 0)
-        return self.source.scores(users).leave_out(known, last[known])
+        scores = self.source.scores(users)
+        if self.which == "last":
+            last = self.histories.last(users)
+            known = np.flatnonzero(last >= 0)
+            return scores.leave_out(known, last[known])
+        return scores.leave_out(*self.histories.of(users)) if self.which == "all" else scores
 
 
 class Tower:
-    """Cosine of the user's vector with every item's (both of length 1)."""
+    """The product of the user's vector with every item's."""
 
-    def __init__(self, users: np.ndarray, items: np.ndarray):
-        """Keeps the vectors of all users [U, D] and items [I, D]."""
+    def __init__(self, users: np.ndarray, items: np.ndarray, popularity: np.ndarray | None = None):
+        """Keeps the vectors of all users [U, D] and items [I, D], and [I] what decides ties (None: they stay)."""
         self.users = users
         self.items = items.astype(np.float64)
+        self.popularity = popularity
 
     def scores(self, users: np.ndarray) -> Scores:
         """See `Source`."""
         # Rounded from float64, so that items with equal vectors tie whatever order the product is summed in.
-        cosines = (self.users[users].astype(np.float64) @ self.items.T).astype(np.float32)
-        return Scores(cosines.astype(np.float64))
+        products = (self.users[users].astype(np.float64) @ self.items.T).astype(np.float32)
+        return Scores(products.astype(np.float64), None if self.popularity is None else self.popularity[None])
 
 
 class Constrained:
