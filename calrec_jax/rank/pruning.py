@@ -79,12 +79,12 @@ def _by_item(data, items, starts, ends, bit_of, most, row_words, row_data, bits)
 
 
 @compiled
-def _exact(postings, item, slot_of, places, values):  # pragma: no cover (compiled)
+def _exact(row_starts, row_words, row_data, item, slot_of, places, values):  # pragma: no cover (compiled)
     """The item's score; `places` are the text's words as slots, in order, `values` zeros for the slots."""
-    for entry in range(postings.row_starts[item], postings.row_starts[item + 1]):
-        slot = slot_of[postings.row_words[entry]]
+    for entry in range(row_starts[item], row_starts[item + 1]):
+        slot = slot_of[row_words[entry]]
         if slot >= 0:
-            values[slot] = postings.row_data[entry]
+            values[slot] = row_data[entry]
     score = np.float32(0.0)
     for slot in places:
         score += values[slot]
@@ -131,6 +131,8 @@ def _sorted(items, scores):  # pragma: no cover (compiled)
 @compiled
 def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover (compiled)
     """Every item that scores at least the k-th best, best first; fewer than k where fewer match."""
+    # Taken out of the tuple once: in a loop, each access would count a reference.
+    data, posted, post_starts, most, row_starts, row_words, row_data, bit_of, bits = postings
     num_words = len(words)
     margin = 1.0 + 4.0 * num_words * 2.0**-24  # sums of float32 in two orders differ by less
     terms = np.empty(num_words, np.int32)
@@ -148,13 +150,13 @@ def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover
         repeats[places[at]] += 1
     lengths = np.empty(distinct, np.int64)
     for slot in range(distinct):
-        lengths[slot] = postings.starts[terms[slot] + 1] - postings.starts[terms[slot]]
+        lengths[slot] = post_starts[terms[slot] + 1] - post_starts[terms[slot]]
     rarest_first = np.argsort(lengths, kind="mergesort")
     bounds = np.empty(distinct)
     rest = np.zeros(distinct + 1)
     for at in range(distinct - 1, -1, -1):
         slot = rarest_first[at]
-        bounds[at] = repeats[slot] * np.float64(postings.most[terms[slot]]) * margin
+        bounds[at] = repeats[slot] * np.float64(most[terms[slot]]) * margin
         rest[at] = rest[at + 1] + bounds[at]
 
     heap = np.empty(k, np.float32)
@@ -181,7 +183,7 @@ def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover
                 item = touched[place]
                 if num_leaders > 0 and partial[item] >= leaders[0] and room > 0 and partial[item] > 0:
                     room -= 1
-                    score = _exact(postings, item, slot_of, places, values)
+                    score = _exact(row_starts, row_words, row_data, item, slot_of, places, values)
                     partial[item] = -np.inf
                     size = _push(heap, size, score)
                     if num_found == len(found_items):
@@ -196,13 +198,12 @@ def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover
             break
         slot = rarest_first[at]
         word = terms[slot]
-        for entry in range(postings.starts[word], postings.starts[word + 1]):
-            item = postings.items[entry]
+        for entry in range(post_starts[word], post_starts[word + 1]):
+            item = posted[entry]
             before = partial[item]
-            if before == 0.0:
-                touched[num_touched] = item
-                num_touched += 1
-            partial[item] = before + repeats[slot] * postings.data[entry]
+            touched[num_touched] = item  # without a branch, which would be guessed wrongly half of the time
+            num_touched += before == 0.0
+            partial[item] = before + repeats[slot] * data[entry]
         num_read += lengths[slot]
         at += 1
 
@@ -210,15 +211,15 @@ def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover
     loose = 0.0
     num_common = 0
     common_at = np.empty(distinct - at, np.int64)
-    common_mask = np.empty(distinct - at, np.uint64)
+    common_shift = np.empty(distinct - at, np.uint64)
     common_bound = np.empty(distinct - at)
     for left in range(at, distinct):
-        place = postings.bit_of[terms[rarest_first[left]]]
+        place = bit_of[terms[rarest_first[left]]]
         if place < 0:
             loose += bounds[left]
         else:
             common_at[num_common] = place >> 6
-            common_mask[num_common] = np.uint64(1) << np.uint64(place & 63)
+            common_shift[num_common] = np.uint64(place & 63)
             common_bound[num_common] = bounds[left]
             num_common += 1
     for place in range(num_touched):
@@ -231,11 +232,11 @@ def _best_of(postings, words, k, slot_of, partial, touched):  # pragma: no cover
             continue
         bound += loose
         for common in range(num_common):
-            if postings.bits[item, common_at[common]] & common_mask[common]:
-                bound += common_bound[common]
+            has = (bits[item, common_at[common]] >> common_shift[common]) & np.uint64(1)
+            bound += common_bound[common] * np.float64(has)
         if size == k and bound < heap[0]:
             continue
-        score = _exact(postings, item, slot_of, places, values)
+        score = _exact(row_starts, row_words, row_data, item, slot_of, places, values)
         size = _push(heap, size, score)
         if num_found == len(found_items):
             found_items = np.concatenate((found_items, np.empty_like(found_items)))
@@ -269,7 +270,7 @@ def best_items(postings, words, starts, k):  # pragma: no cover (compiled)
     num_items = len(postings.row_starts) - 1
     slot_of = np.full(len(postings.starts) - 1, -1, np.int32)
     partial = np.zeros(num_items, np.float32)
-    touched = np.empty(num_items, np.int32)
+    touched = np.empty(num_items + 1, np.int32)
     ends = np.zeros(len(starts), np.int64)
     items = np.empty(max(1, k) * len(starts), np.int32)
     scores = np.empty(len(items), np.float32)
