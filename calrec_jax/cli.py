@@ -132,6 +132,10 @@ def _rank(line: Line, arguments: argparse.Namespace) -> None:
         line.rank(name)
 
 
+def _doctor(line: Line, arguments: argparse.Namespace) -> None:
+    line.doctor()
+
+
 def _evaluate(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.pipeline import print_summary
 
@@ -197,6 +201,12 @@ _VERBS = {
         "completions → rankings of the catalogue",
         f"rank {_RUN} --name=calrec",
         name={"help": "only this one of run.rankings"},
+        split=_SPLIT,
+    ),
+    "doctor": _Verb(
+        _doctor,
+        "how well BM25 finds items by their own texts, and by completions: the ceiling of grounding",
+        f"doctor {_RUN}",
         split=_SPLIT,
     ),
     "evaluate": _Verb(_evaluate, "rankings → metrics and a report", f"evaluate {_RUN}", split=_SPLIT),

@@ -11,7 +11,7 @@ import pytest
 from calrec_jax import __version__, cli
 from calrec_jax.errors import CalrecError
 
-VERBS = ("prepare", "vocab", "train", "decode", "rank", "evaluate", "eval_tasks", "run", "quickstart")
+VERBS = ("prepare", "vocab", "train", "decode", "rank", "doctor", "evaluate", "eval_tasks", "run", "quickstart")
 
 
 def run(*arguments, **environment):

@@ -149,6 +149,11 @@ class BM25Index:
         self._indices = np.ascontiguousarray(index.scores["indices"], np.int32)
         self._indptr = np.ascontiguousarray(index.scores["indptr"], np.int64)
 
+    @property
+    def without_words(self) -> np.ndarray:
+        """Items whose text has no token, ascending: no text finds them."""
+        return np.flatnonzero(np.bincount(self._indices, minlength=self.num_items) == 0)
+
     def token_ids(self, text: str) -> list[int]:
         """The text's tokens as rows of the vocabulary; unknown tokens are left out, repeats are kept."""
         vocabulary = self.bm25s.vocab_dict
