@@ -44,7 +44,9 @@ def test_a_catalogue_of_one_text_repeated_finds_nothing_alone():
 
 def test_items_without_words_are_named_and_go_to_the_bottom(tmp_path, capsys):
     dataset = make_dataset(tmp_path / "dataset")
-    dataset = dataclasses.replace(dataset, texts=["..." if row == 2 else text for row, text in enumerate(dataset.texts)])
+    dataset = dataclasses.replace(
+        dataset, texts=["..." if row == 2 else text for row, text in enumerate(dataset.texts)]
+    )
     completions = write_completions(tmp_path / "completions", dataset, completion_rows(dataset))
     out = rank(tmp_path / "ranking", dataset, completions)
     assert "1 items have no word in their text, 'i002' first" in capsys.readouterr().out

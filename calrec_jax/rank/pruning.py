@@ -275,9 +275,7 @@ def best_items(postings, words, starts, k):  # pragma: no cover (compiled)
     items = np.empty(max(1, k) * len(starts), np.int32)
     scores = np.empty(len(items), np.float32)
     for text in range(len(starts) - 1):
-        own_items, own_scores = _best_of(
-            postings, words[starts[text] : starts[text + 1]], k, slot_of, partial, touched
-        )
+        own_items, own_scores = _best_of(postings, words[starts[text] : starts[text + 1]], k, slot_of, partial, touched)
         begin = ends[text]
         end = begin + len(own_items)
         while end > len(items):
