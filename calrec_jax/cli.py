@@ -189,6 +189,10 @@ def _baselines(line: Line, arguments: argparse.Namespace) -> None:
     print_summary(line.layout, line.split)
 
 
+def _doctor(line: Line, arguments: argparse.Namespace) -> None:
+    line.doctor()
+
+
 def _evaluate(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.pipeline import print_summary
 
@@ -307,6 +311,12 @@ _VERBS = {
         "completions → rankings of the catalogue",
         f"rank {_RUN} --name=calrec",
         name={"help": "only this one of run.rankings"},
+        split=_SPLIT,
+    ),
+    "doctor": _Verb(
+        _doctor,
+        "how well BM25 finds items by their own texts, and by completions: the ceiling of grounding",
+        f"doctor {_RUN}",
         split=_SPLIT,
     ),
     "baselines": _Verb(

@@ -242,6 +242,23 @@ class Line:
                 "run.rankings={}"
             )
 
+    def doctor(self) -> None:
+        """Prints how well BM25 finds the target category's items by their own texts, and by the completions there."""
+        from calrec_jax.rank import doctor
+        from calrec_jax.rank.bm25 import BM25Index
+        from calrec_jax.rank.completions import Completions
+
+        dataset = self._dataset(self.target)
+        index = BM25Index(dataset.texts)
+        print(doctor.report(self.target, doctor.examine(index, dataset.texts)), flush=True)
+        for name in self.decodes:
+            folder = self.layout.completions(self.split, name)
+            if not (folder / artifacts.MANIFEST).exists():
+                print(f"completions {folder.name}: none yet", flush=True)
+                continue
+            distinct, count = Completions(folder, dataset, ["texts"], missing="skip").distinct_texts()
+            print(doctor.report_texts(folder.name, doctor.examine_texts(index, dataset.texts, distinct, count)))
+
     def evaluate(self) -> None:
         """Scores the rankings beside the baselines, and writes the report."""
         from calrec_jax.evaluate.run import evaluate

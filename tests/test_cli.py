@@ -11,7 +11,10 @@ import pytest
 from calrec_jax import __version__, cli
 from calrec_jax.errors import CalrecError
 
-VERBS = ("prepare", "vocab", "train", "decode", "rank", "evaluate", "compare", "eval_tasks", "run", "quickstart")
+VERBS = (
+    "prepare", "vocab", "train", "decode", "rank", "baselines", "doctor", "evaluate", "compare", "eval_tasks", "run",
+    "download", "synth", "compile", "quickstart",
+)  # fmt: skip
 
 
 def run(*arguments, **environment):

@@ -126,6 +126,11 @@ class Completions:
             score,
         )
 
+    def distinct_texts(self) -> tuple[list[str], int]:
+        """The different texts of all `users`, and how many there are with repeats."""
+        flat, _ = self.lists("texts")
+        return pc.unique(flat).to_pylist(), len(flat)
+
     def constrained(self) -> Constrained:
         """The items of a constrained decode."""
         hint = "only a constrained decode has them: set source='completions', or decode constrained"

@@ -7,7 +7,7 @@ all is written. The same inputs and settings give the same bytes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -16,7 +16,7 @@ import numpy as np
 from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
-from calrec_jax.rank import sources
+from calrec_jax.rank import fitting, sources
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.completions import Completions
 from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
@@ -34,6 +34,7 @@ FROM_COMPLETIONS = ("completions", "constrained", "tower")
 TRAINED = ("sasrec",)
 BASELINES = (*FROM_HISTORIES, *TRAINED)
 SOURCES = (*FROM_COMPLETIONS, *BASELINES, "fusion")
+FUSE_WEIGHTS = ("given", "fit")
 
 
 @gin.configurable
@@ -52,6 +53,7 @@ def rank(
     missing: str = "error",
     fuse: Mapping[str, float] | None = None,
     baseline: pathlib.Path | None = None,
+    fuse_weights: str = "given",
 ) -> pathlib.Path:
     """Ranks the catalogue for every user of a split. Skips when that is done.
 
@@ -71,6 +73,8 @@ def rank(
       missing: users without completions: "error", or "skip" them (an evaluation counts them as misses).
       fuse: for "fusion": names of rankings beside `out` (without the split) to their weights.
       baseline: for "sasrec": folder of the trained model.
+      fuse_weights: "given" (those of `fuse`), or "fit": the search for the best NDCG@10 on the validation split's
+        rankings of the same names begins with them (`rank.fitting`); what it finds is in the manifest.
 
     Returns:
       `out`.
@@ -79,12 +83,14 @@ def rank(
       CalrecError: a setting is not valid, the completions or the model are missing, incomplete or another dataset's, or
         `out` holds a ranking made otherwise.
     """
-    _check_settings(source, fill, leave_out_history, depth, fuse)
+    _check_settings(source, fill, leave_out_history, depth, fuse, fuse_weights)
     histories = Histories(dataset, split)
     out = pathlib.Path(out)
     tokenizer = BM25Tokenizer()
     folders = {} if source != "fusion" else {name: out.parent / f"{split}-{name}" for name in dict(fuse or {})}
     inputs = _inputs(dataset, completions, split, source, folders, baseline)
+    fitted_on = _fitted_on(out, dataset, fuse) if fuse_weights == "fit" else {}
+    inputs |= fitted_on
     made_from = {"dataset": dataset.hash, **{role: manifest["hash"] for role, (_, manifest) in inputs.items()}}
     settings = {
         "split": split,
@@ -96,6 +102,7 @@ def rank(
         "leave_out_history": leave_out_history,
         "missing": missing,
         "fuse": dict(fuse) if fuse else None,
+        **({"fuse_weights": fuse_weights} if source == "fusion" else {}),
         "bm25": dataclasses.asdict(tokenizer),
         **{name: own for name in dict.fromkeys([source, fill]) if (own := source_settings(name))},
     }
@@ -106,22 +113,32 @@ def rank(
             artifacts.check_files(folder, manifest)
     index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
     users = histories.users
+    facts: dict[str, Any] = {}
     if source in FROM_COMPLETIONS:
         assert completions is not None
         ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing, split)
     elif source in TRAINED:
         ranked = _sasrec(dataset, histories, split, baseline)
     elif source == "fusion":
-        weights = [(RankingReader(folders[name], dataset), weight) for name, weight in dict(fuse or {}).items()]
-        ranked = sources.Fusion(weights, len(dataset.item_ids))
+        weights = dict(fuse or {})
+        if fitted_on:
+            weights, facts["fit_ndcg@10"] = _fit(dataset, [folder for folder, _ in fitted_on.values()], weights)
+        facts["weights"] = weights
+        readers = [(RankingReader(folders[name], dataset), weight) for name, weight in weights.items()]
+        ranked = sources.Fusion(readers, len(dataset.item_ids))
     else:
         ranked = from_histories(source, histories, dataset.texts, index)
     if fill != "none":
         ranked = sources.Filled(ranked, from_histories(fill, histories, dataset.texts, index))
     num_items = len(dataset.item_ids)
+    wordless = index().without_words if source == "completions" else np.zeros(0, np.int64)
+    if wordless.size:
+        facts["items_without_words"] = dataset.item_ids[wordless].tolist()
+        first = facts["items_without_words"][0]
+        print(f"calrec: {wordless.size} items have no word in their text, {first!r} first; they go to the bottom")
     cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
     with artifacts.atomic_folder(out) as temporary:
-        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history), cut)
+        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history), cut, wordless)
         artifacts.write_manifest(
             temporary,
             kind=KIND,
@@ -131,13 +148,19 @@ def rank(
             users=len(users),
             items=num_items,
             list_depth=cut,
+            **facts,
             files=artifacts.hash_files(sorted(temporary.glob(artifacts.SHARDS))),
         )
     return out
 
 
 def _check_settings(
-    source: str, fill: str, leave_out_history: str, depth: int | None, fuse: Mapping[str, float] | None
+    source: str,
+    fill: str,
+    leave_out_history: str,
+    depth: int | None,
+    fuse: Mapping[str, float] | None,
+    fuse_weights: str,
 ) -> None:
     if source not in SOURCES:
         raise CalrecError(f"rank.source is {source!r}: choose one of {list(SOURCES)}")
@@ -151,6 +174,47 @@ def _check_settings(
         raise CalrecError(
             "rank.source='fusion' and rank.fuse (names of rankings to weights) go together: set both or neither"
         )
+    if fuse_weights not in FUSE_WEIGHTS:
+        raise CalrecError(f"rank.fuse_weights is {fuse_weights!r}: choose one of {list(FUSE_WEIGHTS)}")
+    if fuse_weights == "fit" and not fuse:
+        raise CalrecError("rank.fuse_weights='fit' needs rank.source='fusion' and rank.fuse, whose weights it fits")
+    values = np.array(list(dict(fuse or {}).values()), np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or (len(values) and not values.any()):
+        raise CalrecError(f"rank.fuse has the weights {values.tolist()}: they must be numbers from 0, not all 0")
+
+
+def _fitted_on(
+    out: pathlib.Path, dataset: Dataset, fuse: Mapping[str, float] | None
+) -> dict[str, tuple[pathlib.Path, dict[str, Any]]]:
+    """Role to folder and manifest of the validation rankings that weights are fitted on."""
+    found = {}
+    for name in dict(fuse or {}):
+        folder = out.parent / f"validation-{name}"
+        if not (folder / artifacts.MANIFEST).exists():
+            raise CalrecError(
+                f"rank.fuse_weights='fit' needs the ranking {name} of the validation split, and {folder} is not "
+                "complete: run the same with --split=validation first, or set fuse_weights='given'"
+            )
+        manifest = artifacts.read_manifest(folder, kind=KIND)
+        if manifest["settings"].get("split") != "validation":
+            raise CalrecError(
+                f"{folder} ranks for the split {manifest['settings'].get('split')!r}: weights are fitted on "
+                "validation rankings alone, never on test users"
+            )
+        if manifest["made_from"].get("dataset") != dataset.hash:
+            raise CalrecError(f"{folder} ranks another dataset than {dataset.name} as it is now; rank this one")
+        found[f"validation ranking {name}"] = folder, manifest
+    return found
+
+
+def _fit(
+    dataset: Dataset, folders: Sequence[pathlib.Path], given: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """Weights by name that rank the validation targets best, and the NDCG@10 they reach there."""
+    readers = {name: RankingReader(folder, dataset) for name, folder in zip(given, folders, strict=True)}
+    candidates = fitting.gather(readers, Histories(dataset, "validation").targets)
+    weights, reached = fitting.fit(candidates, np.array(list(given.values()), np.float64))
+    return dict(zip(given, weights.tolist(), strict=True)), reached
 
 
 def _inputs(
@@ -240,11 +304,15 @@ def _write(
     users: np.ndarray,
     source: sources.Source,
     depth: int,
+    wordless: np.ndarray,
 ) -> None:
-    """Scores, orders and writes all users, block by block."""
+    """Scores, orders and writes all users, block by block; `wordless` items go to the bottom."""
     # Blocks shrink with the catalogue: several float64 matrices of a block live at once.
     block = max(1, min(USERS_A_BLOCK, 2**23 // len(dataset.item_ids)))
     with RankingWriter(folder, dataset) as writer:
         for at in range(0, len(users), block):
             part = users[at : at + block]
-            writer.write(part, order(source.scores(part), depth))
+            scores = source.scores(part)
+            if wordless.size:
+                scores = scores.leave_out(np.repeat(np.arange(len(part)), wordless.size), np.tile(wordless, len(part)))
+            writer.write(part, order(scores, depth))
