@@ -37,6 +37,7 @@ EXTRAS = {
     "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
     "test": [
         "hypothesis",
+        "ir-measures",
         "mypy",
         "pytest",
         "pytest-cov",
@@ -45,7 +46,7 @@ EXTRAS = {
         "setuptools>=77",
         "tensorboard",
     ],
-    "bench": ["torch", "transformers"],
+    "bench": ["ranx", "torch", "transformers"],
 }
 
 setuptools.setup(
