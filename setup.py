@@ -43,6 +43,7 @@ EXTRAS = {
     "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
     "test": [
         "hypothesis",
+        "ir-measures",
         "mypy",
         "pytest",
         "pytest-cov",
@@ -51,7 +52,7 @@ EXTRAS = {
         "setuptools>=77",
         "tensorboard",
     ],
-    "bench": ["torch", "transformers"],
+    "bench": ["ranx", "torch", "transformers"],
 }
 
 setuptools.setup(

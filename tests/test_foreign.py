@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from ranking_data import make_dataset
 
+from calrec_jax import artifacts, cli
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.foreign import parse_names, read_ranking
 from calrec_jax.evaluate.places import Targets, places_of_lists
 from calrec_jax.evaluate.run import evaluate
+from calrec_jax.pipeline import Line
 from calrec_jax.rank.histories import Histories
 
 NUM_USERS = 20
@@ -230,3 +232,21 @@ def test_the_report_says_what_was_not_matched(tmp_path, dataset, lists, capsys):
     path.write_text(path.read_text().replace("0.25", "0.26"))
     with pytest.raises(CalrecError, match="made from another file theirs"):
         evaluate(tmp_path / "report", dataset, {}, files={"theirs": path}, resamples=50)
+
+
+def test_the_verb_scores_files_beside_the_rankings_that_are_there(tmp_path, lists, capsys):
+    line = Line(run_dir=str(tmp_path), target="Tools", rankings={"calrec": "sample"})
+    make_dataset(line.layout.dataset("Tools"), num_users=NUM_USERS)
+    path = write(tmp_path / "x.run", lists)
+    line.evaluate_files([f"theirs={path}"])
+    printed = capsys.readouterr().out
+    assert "not made yet, and left out: calrec" in printed and "report-theirs" in printed
+    metrics = artifacts.read_json(tmp_path / "report-theirs" / "metrics.json")
+    assert [row["name"] for row in metrics["rows"]][-1] == "theirs"
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_split_of_a_file_must_be_said(tmp_path, capsys):
+    arguments = ["evaluate", "--gin_file=runs/quickstart.gin", f"--run_dir={tmp_path}", "--rankings=x.trec"]
+    assert cli.main(arguments) == 1
+    assert "say which split the files rank for, by --split=" in capsys.readouterr().err

@@ -114,9 +114,22 @@ def test_the_whole_line(rooms, line, capsys):
 
 def test_the_programs_of_a_finished_step_are_dropped(rooms, line, monkeypatch):
     at = []
-    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(clear_caches=lambda: at.append(len(rooms.calls))))
+    devices = [types.SimpleNamespace(platform="gpu")] * 4
+    fake = types.SimpleNamespace(clear_caches=lambda: at.append(len(rooms.calls)), devices=lambda: devices)
+    monkeypatch.setitem(sys.modules, "jax", fake)
     line.run()
     assert at == list(range(1, 12))
+    for step in artifacts.read_json(line.layout.timing)["steps"]:
+        computes = step["step"].split()[0] in ("train", "decode")
+        assert step.get("device") == ("gpu" if computes else None), step
+        assert not computes or step["device_seconds"] == pytest.approx(4 * step["seconds"], abs=0.01)
+
+
+def test_device_seconds_add_up_over_resumed_runs(line):
+    line._add_seconds("train stage1", 10.0, ("gpu", 4))
+    line._add_seconds("train stage1", 5.0, ("gpu", 8))
+    (step,) = artifacts.read_json(line.layout.timing)["steps"]
+    assert step == {"step": "train stage1", "seconds": 15.0, "device": "gpu", "device_seconds": 80.0}
 
 
 def test_a_second_run_skips_every_step_and_keeps_the_times(rooms, line, capsys):
