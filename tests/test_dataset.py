@@ -61,7 +61,7 @@ def test_reads_back_what_was_written(tmp_path, seed):
     assert dataset.texts == [Template().item_text(row) for row in catalogue]
     assert dataset.attributes == {name: [row[name] for row in catalogue] for name in ATTRIBUTES}
     assert dataset.user_ids.tolist() == [row["user_id"] for row in sequences]
-    assert dataset.card == {"note": "a card"} and dataset.name == "toy"
+    assert dataset.card["note"] == "a card" and dataset.name == "toy"
     assert dataset.template == Template().fingerprint
     assert dataset.hash == artifacts.read_manifest(tmp_path / "d", kind="dataset")["hash"]
     for user, row in enumerate(sequences):
@@ -104,6 +104,29 @@ def test_quarantine_travels_with_the_dataset(tmp_path):
     save(tmp_path / "b", *random_rows(0))
     assert (tmp_path / "a" / dataset_lib.QUARANTINE_FILE).read_text() == '{"line": 1}\n'
     assert (tmp_path / "b" / dataset_lib.QUARANTINE_FILE).read_text() == ""
+
+
+def test_users_without_a_target(tmp_path):
+    catalogue, sequences = random_rows(3)
+    positions = [(2, 1, -1), (0, -1, 1), (3, -1, -1), (1, 1, 2)]  # train_end, validation, test of four users
+    sequences = sorted(sequences, key=lambda row: row["user_id"])[:4]
+    for row, (end, valid, test) in zip(sequences, positions, strict=True):
+        end = valid if valid >= 0 else end
+        row |= {"train_end": end, "valid_position": valid, "test_position": test}
+    dataset = save(tmp_path / "d", catalogue, sequences)
+    assert dataset.train_end.tolist() == [1, 0, 3, 1]
+    assert dataset.users_with("validation").tolist() == [0, 3] and dataset.users_with("test").tolist() == [1, 3]
+    assert dataset.users_with("train").tolist() == [2]
+    lengths = np.diff(dataset.offsets)
+    assert dataset.history_lengths("validation").tolist() == [1, 0, 3, 1]
+    assert dataset.history_lengths("test").tolist() == [lengths[0], 1, lengths[2], 2]
+    for split in ("validation", "test"):
+        for user in range(4):
+            assert len(dataset.history(user, split)) == dataset.history_lengths(split)[user]
+    assert dataset.item_ids[dataset.target(3, "test")] == sequences[3]["item_ids"][2]
+    assert len(dataset.train_items(2)) == 3
+    with pytest.raises(CalrecError, match="user 'u0' of toy has no test target"):
+        dataset.target(0, "test")
 
 
 def test_unknown_split_is_an_error(tmp_path):
@@ -153,8 +176,10 @@ def with_column(name, values):
             "item_ids", lambda rows: [["zzz", *rows[0][1:]], *rows[1:]])),
         broken("of user 'u0' are not 0 <= train_end = valid < test < length", "sequences.parquet", with_column(
             "test_position", lambda rows: [99, *rows[1:]])),
-        broken("are not 0 <= train_end", "sequences.parquet", with_column("valid_position", lambda rows: [-2, *rows[1:]])),
-        broken("are not 0 <= train_end = valid", "sequences.parquet", with_column("train_end", lambda rows: [0, *rows[1:]])),
+        broken("are not 0 <= train_end", "sequences.parquet", with_column(
+            "valid_position", lambda rows: [-2, *rows[1:]])),
+        broken("are not 0 <= train_end = valid", "sequences.parquet", with_column(
+            "train_end", lambda rows: [0, *rows[1:]])),
         broken("user_id must be ascending", "sequences.parquet", with_column("user_id", lambda rows: rows[::-1])),
         broken("differ in length", "sequences.parquet", with_column(
             "timestamps", lambda rows: [rows[0][:-1], *rows[1:]])),

@@ -1,22 +1,21 @@
-"""Prepare: the Ibis rules against plain Python, the card's arithmetic, resuming, and what is refused."""
+"""Prepare: from raw files to the dataset: the card's arithmetic, resuming, the cache, and what is refused."""
 
 import collections
 import gzip
-import itertools
 import json
 import os
-import statistics as stdlib_statistics
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import ibis
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calrec_jax import artifacts
-from calrec_jax.data import prepare as prepare_lib
-from calrec_jax.data import readers
+from calrec_jax.data import engines, staging
+from calrec_jax.data.card import summary
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.prepare import prepare
 from calrec_jax.data.templates import ATTRIBUTES, Template
@@ -44,16 +43,6 @@ def reference(log, remove_repeats, min_length):
         counts.append(sum(map(len, users.values())))
     kept = {user: rows for user, rows in users.items() if len(rows) >= min_length}
     return kept, [*counts, sum(map(len, kept.values()))]
-
-
-def interactions(log, stretch=1):
-    rows = [
-        {"user_id": user, "item_id": item, "timestamp": time * stretch, "line": line, "part": 0}
-        for line, (user, item, time) in enumerate(log, 1)
-    ]
-    types = {"text_hash": pa.int64(), "part": pa.int8(), "timestamp": pa.int64(), "line": pa.int64()}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in ("user_id", "item_id", *types)])
-    return ibis.memtable(pa.Table.from_pylist(rows, schema))
 
 
 LOG = [
@@ -111,6 +100,7 @@ def test_prepare_end_to_end(tmp_path, raw):
         "unbought_kept": True,
         "without_metadata": 1,
         "absent": dict.fromkeys(ATTRIBUTES, 1),
+        "absent_share": dict.fromkeys(ATTRIBUTES, 1 / 7),
         "without_any_attribute": {"count": 1, "first": ["i5"]},
     }
     assert card["lines"]["reviews"]["lines"] == card["lines"]["reviews"]["kept"] == card["rules"][0]["interactions_in"]
@@ -121,7 +111,10 @@ def test_prepare_end_to_end(tmp_path, raw):
             "sha256": artifacts.hash_file(raw["metadata"]),
         }
     ]
-    assert card["statistics"]["tied_test_targets_share"] == 0.5 and card["statistics"]["first_day"] == "1970-01-01"
+    assert card["leakage"]["test"]["tied_targets_share"] == 0.5 and card["statistics"]["first_day"] == "1970-01-01"
+    assert card["split"]["kind"] == "leave_last_out" and card["split"]["test_users"] == 2
+    assert card["content"] == artifacts.read_manifest(tmp_path / "d", kind="dataset")["content"]
+    assert any("8 interactions" in line and "density 1.00e+00" in line for line in summary(card))
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
         "data_card.json",
         "items.parquet",
@@ -231,6 +224,21 @@ def test_bad_lines_are_kept_for_the_user(tmp_path, raw):
         ({"max_bad_share": 1.5}, r"prepare\.max_bad_share=1\.5"),
         ({"reviews": Path("nowhere.json.gz")}, r"nowhere\.json\.gz does not exist"),
         ({"metadata": []}, "No raw file is named"),
+        ({"split": "random"}, r"prepare\.split='random': one of \['leave_last_out', 'global_time', 'official'\]"),
+        ({"split_times": (0.8, 0.9)}, r"prepare\.split_times=\[0\.8, 0\.9\] has no effect"),
+        ({"split": "global_time", "split_times": (0.9, 0.8)}, r"prepare\.split_times=.*two moments"),
+        ({"split": "global_time", "split_times": (0.9, 1_000)}, r"prepare\.split_times=.*two moments"),
+        ({"split": "global_time", "split_times": ("soon", "later")}, "'soon' is neither seconds nor an ISO date"),
+        ({"split": "global_time", "split_times": (500, 1000)}, r"leave a part without purchases.*from 1970-01-01 \(1"),
+        ({"split": "official"}, r"prepare\.split='official': 13 of 13 purchases.*no split of their own"),
+        ({"core": (5,)}, r"prepare\.core=\[5\]: two whole numbers"),
+        ({"core": (3, 9)}, r"prepare\.core=\(3, 9\).*empties toy: nothing is left after 1 rounds of 10 purchases"),
+        ({"keep_categories": ("Toys",)}, r"prepare\.keep_categories=\['Toys'\]: no purchase of toy"),
+        ({"near_duplicate_days": -1}, r"prepare\.near_duplicate_days=-1"),
+        ({"memory_limit": "much"}, r"prepare\.memory_limit='much'"),
+        ({"threads": 0}, r"prepare\.threads=0"),
+        ({"cache_gib": -1}, r"prepare\.cache_gib=-1"),
+        ({"engine": "oracle://x"}, r"prepare\.engine='oracle://x': 'duckdb', or a URL"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, raw, change, message):
@@ -243,9 +251,121 @@ def test_no_space_left(tmp_path, raw, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("calrec_jax.data.dataset.pq.write_table", full)
+    monkeypatch.setattr("calrec_jax.data.dataset.pq.ParquetWriter", full)
     with pytest.raises(CalrecError, match="no space left to write in"):
         prepare(tmp_path / "d", **raw)
+    assert not (tmp_path / "d").exists()
+
+
+def test_rules_that_are_off_by_default(tmp_path, raw):
+    core = prepare(tmp_path / "a", **raw, core=(3, 2))
+    assert core.item_ids.tolist() == ["i0", "i1", "i2"] and not core.card["catalogue"]["unbought_kept"]
+    assert core.card["rules"][-1]["rounds"] == 1
+    bought = [("x", 0), ("y", 1), ("x", 2), ("y", 3), ("z", 4), ("x", 10**6)]
+    rows = [{"reviewerID": "u9", "asin": i, "unixReviewTime": t, "reviewText": "Fine."} for i, t in bought]
+    write_json_lines(raw["reviews"], rows)
+    write_json_lines(raw["metadata"], [{"asin": "x", "category": ["Shop", "Toys"]}, {"asin": "q"}])
+    near = prepare(tmp_path / "b", **raw, near_duplicate_days=1)
+    assert names(near, 0) == ["x", "y", "z", "x"]
+    assert near.card["rules"][2]["rule"] == "reviews of the same user, item and text within 1 days"
+    toys = prepare(tmp_path / "c", **raw, keep_categories=("Toys",), remove_consecutive_repeats=False)
+    assert toys.item_ids.tolist() == ["x"] and len(toys.items) == 3
+
+
+def test_a_global_split_is_a_fact_of_manifest_and_card(tmp_path, raw):
+    rows = [("a", 1), ("a", 2), ("a", 25), ("a", 35), ("b", 21), ("b", 31), ("c", 1), ("c", 22), ("d", 5), ("e", 33)]
+    reviews = [{"reviewerID": user, "asin": f"i{time % 5}", "unixReviewTime": time} for user, time in rows]
+    write_json_lines(raw["reviews"], reviews)
+    dataset = prepare(tmp_path / "d", **raw, split="global_time", split_times=(20, 30), min_length=1)
+    assert dataset.user_ids.tolist() == list("abcde")
+    assert dataset.train_end.tolist() == [2, 0, 1, 1, 0]
+    assert dataset.valid_position.tolist() == [2, -1, 1, -1, -1]  # b and e have nothing before their first purchase
+    assert dataset.test_position.tolist() == [3, 1, -1, -1, -1]
+    split = artifacts.read_manifest(tmp_path / "d", kind="dataset")["split"]
+    assert split == dataset.card["split"]
+    assert (split["kind"], split["valid_from"], split["test_from"]) == ("global_time", 20, 30)
+    assert (split["train_interactions"], split["validation_users"], split["test_users"]) == (4, 2, 2)
+    assert split["users_without_target"] == 2 and dataset.card["leakage"]["global_time"]["later_pairs_share"] == 0
+
+
+def test_staged_files_are_reused_until_the_raw_ones_change(tmp_path, raw, monkeypatch):
+    first = prepare(tmp_path / "a", **raw)
+    read = staging.readers.read
+
+    def refuse(*_, **__):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(staging.readers, "read", refuse)
+    again = prepare(tmp_path / "b", **raw)  # the same, elsewhere
+    other = prepare(tmp_path / "c", **raw, min_length=5, remove_consecutive_repeats=False)  # another rule
+    assert again.hash == first.hash and other.user_ids.tolist() == ["u2"]
+    assert again.card == first.card
+    with pytest.raises(AssertionError, match="read again"):
+        prepare(tmp_path / "e", **raw, cache_gib=0)
+    (entry,) = (tmp_path / ".staged").iterdir()
+    part = next((entry / "items").iterdir())
+    part.write_bytes(part.read_bytes()[:-1])  # damaged: read again
+    with pytest.raises(AssertionError, match="read again"):
+        prepare(tmp_path / "f", **raw)
+    monkeypatch.setattr(staging.readers, "read", read)
+    assert prepare(tmp_path / "g", **raw).hash == first.hash
+
+
+def test_the_cache_is_bounded(tmp_path, raw):
+    cache = {"cache_dir": tmp_path / "cache", "cache_gib": 1e-9}
+    prepare(tmp_path / "a", **raw, **cache)
+    (old,) = cache["cache_dir"].iterdir()
+    write_json_lines(raw["metadata"], ITEMS[:-1])
+    prepare(tmp_path / "b", **raw, **cache)
+    assert len(list(cache["cache_dir"].iterdir())) == 2  # used within the hour
+    os.utime(old / artifacts.MANIFEST, (0, 0))
+    write_json_lines(raw["metadata"], ITEMS[:-2])
+    prepare(tmp_path / "c", **raw, **cache)
+    left = list(cache["cache_dir"].iterdir())
+    assert old not in left and len(left) == 2
+
+
+KILLED = """
+import sys, time
+from calrec_jax.data import dataset, prepare
+write = dataset._write
+def slow(path, *arguments):
+    done = write(path, *arguments)
+    print("written", path.name, flush=True)
+    time.sleep(60)
+    return done
+dataset._write = slow
+prepare.prepare(sys.argv[1], name="toy", reviews=sys.argv[2], metadata=sys.argv[3])
+"""
+
+
+def test_a_killed_run_leaves_no_half_dataset(tmp_path, raw):
+    command = [sys.executable, "-c", KILLED, tmp_path / "d", raw["reviews"], raw["metadata"]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "written items.parquet\n"
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "d").exists()
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
+    assert len(left) == 2  # the unfinished folder and the scratch folder
+    assert len(prepare(tmp_path / "d", **raw).user_ids) == 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
+    assert not list(tmp_path.glob("*.quarantine.jsonl"))
+
+
+def test_what_an_engine_lacks_is_named(tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(engines, "_is_installed", lambda module: False)
+    with pytest.raises(CalrecError, match=r"pip install 'calrec_jax\[spark\]'.*prepare\.engine at 'duckdb'"):
+        prepare(tmp_path / "d", **raw, engine="pyspark://")
+    monkeypatch.setattr(engines, "_is_installed", lambda module: True)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CalrecError, match=r"needs Java 17 or later.*JAVA_HOME"):
+        prepare(tmp_path / "d", **raw, engine="pyspark://?spark.master=local[2]")
+
+
+def test_too_little_memory_is_named(tmp_path, raw):
+    with pytest.raises(CalrecError, match=r"prepare\.memory_limit='1KB' is too small for this category: raise it"):
+        prepare(tmp_path / "d", **raw, memory_limit="1KB")
     assert not (tmp_path / "d").exists()
 
 

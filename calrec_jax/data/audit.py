@@ -42,9 +42,7 @@ def statistics(engine: Engine, walked: Table, users: Table) -> dict[str, Any]:
     )
     pairs = engine.row(walked.select("user_id", "item_id").distinct().agg(pairs=_.count()))["pairs"]
     counts["repeats"] = counts["interactions"] - pairs
-    lengths = {
-        row["length"]: row["users"] for row in engine.rows(users.group_by("length").agg(users=_.count()))
-    }
+    lengths = {row["length"]: row["users"] for row in engine.rows(users.group_by("length").agg(users=_.count()))}
     interactions = counts["interactions"]
     return {
         **counts,

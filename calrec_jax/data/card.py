@@ -47,8 +47,8 @@ def summary(card: Mapping[str, Any]) -> list[str]:
             f"{statistics['length_mean']:.1f} purchases a user (median {statistics['length_median']:g})"
         )
         lines.append(
-            f"{statistics['first_day']} to {statistics['last_day']}; {statistics['tied_share']:.1%} of purchases are as "
-            f"old as the one before, {statistics['repeats_share']:.1%} are repeats"
+            f"{statistics['first_day']} to {statistics['last_day']}; {statistics['tied_share']:.1%} of purchases are "
+            f"as old as the one before, {statistics['repeats_share']:.1%} are repeats"
         )
     if split:
         lines.append(

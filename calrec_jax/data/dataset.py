@@ -111,7 +111,7 @@ class Dataset:
         return np.where(positions >= 0, positions, before).astype(np.int64)
 
     def users_with(self, split: str) -> np.ndarray:
-        """Rows of the users of a split, ascending: those with a target; for "train", with two purchases to learn from."""
+        """Rows of the users of a split, ascending: those with a target; for "train", with two training purchases."""
         if split == "train":
             return np.flatnonzero(self.train_end >= 2)
         return np.flatnonzero(self.target_positions(split) >= 0)

@@ -3,8 +3,8 @@
 Notable: results leave the engine as Parquet and are read back row by row, so that nothing is held here but what is
 being written. Tables are made under names of their own and dropped by a plain statement, and rows are never fetched as
 record batches: under DuckDB 2.0 and sqlglot 30.30 Ibis 12 fails at both (`create_table(overwrite=True)`,
-`Table.cache()` and `drop_table` write `DROP TABLE IF EXISTS` without a name, `to_pyarrow_batches` calls a method that is
-gone).
+`Table.cache()` and `drop_table` write `DROP TABLE IF EXISTS` without a name, `to_pyarrow_batches` calls a method that
+is gone).
 """
 
 import contextlib

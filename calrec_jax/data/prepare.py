@@ -283,8 +283,8 @@ class _Category:
             without = self._engine.row(read.filter(_.part < 0).agg(count=_.count()))["count"]
             if without:
                 raise CalrecError(
-                    f"prepare.split='official': {without} of {self._left} purchases of {self._raw.reviews.file} have no "
-                    "split of their own. Name the files of an official split, or choose another prepare.split."
+                    f"prepare.split='official': {without} of {self._left} purchases of {self._raw.reviews.file} have "
+                    "no split of their own. Name the files of an official split, or choose another prepare.split."
                 )
         return read
 
@@ -326,8 +326,9 @@ class _Category:
             self._stage(rule, smaller, kept if rounds else None, rounds=rounds)
             if not self._left:
                 raise CalrecError(
-                    f"prepare.core={tuple(core)} (with min_length={self._settings['min_length']}) empties {self._name}: "
-                    f"nothing is left after {rounds} rounds of {self._rules[-1]['interactions_in']} purchases. Lower it."
+                    f"prepare.core={tuple(core)} (with min_length={self._settings['min_length']}) empties "
+                    f"{self._name}: nothing is left after {rounds} rounds of {self._rules[-1]['interactions_in']} "
+                    "purchases. Lower it."
                 )
             return smaller
         fewer = engine.materialise(relational.drop_rare(kept, "user_id", least))

@@ -73,7 +73,8 @@ def core(
 
     Args:
       interactions: a table of the engine.
-      user_core, item_core: least counts; at most 1: no condition.
+      user_core: least purchases of a user; at most 1: no condition.
+      item_core: the same of an item.
       materialise: runs an expression into a table.
       drop: drops such a table.
 

@@ -61,7 +61,7 @@ def check_times(times: Sequence[Moment] | None, kind: str) -> None:
     if kind != GLOBAL_TIME:
         raise CalrecError(f"prepare.split_times={times!r} has no effect with prepare.split={kind!r}; leave it out.")
     wrong = isinstance(times, str) or len(times) != 2 or len({isinstance(time, float) for time in times}) > 1
-    if wrong or (isinstance(times[0], float) and not 0 < times[0] < times[1] < 1):  # type: ignore[operator]
+    if wrong or (isinstance(times[0], float) and not 0 < times[0] < times[1] < 1):
         raise CalrecError(
             f"prepare.split_times={times!r}: two moments, where validation and where test begins: both shares of the "
             "purchases, such as (0.8, 0.9), both dates, such as ('2017-01-01', '2018-01-01'), or both seconds."
@@ -92,7 +92,7 @@ def global_time(interactions: Table, times: Sequence[Moment] | None) -> Split:
     (known,) = facts.to_pyarrow().to_pylist()
     shares = times if times is not None else (0.8, 0.9)
     if isinstance(shares[0], float):
-        moments = [_time_at(interactions, int(share * known["count"])) for share in shares]  # type: ignore[operator]
+        moments = [_time_at(interactions, int(float(share) * known["count"])) for share in shares]
     else:
         moments = [_seconds(time) for time in shares]
     valid_from, test_from = moments
@@ -129,7 +129,9 @@ def walk(interactions: Table, split: Split) -> Table:
     if split.kind == GLOBAL_TIME:
         after = [(_.timestamp >= split.test_from, 2), (_.timestamp >= split.valid_from, 1)]
         interactions = interactions.mutate(
-            part=ibis.cases(*((when, ibis.literal(part, "int8")) for when, part in after), else_=ibis.literal(0, "int8"))
+            part=ibis.cases(
+                *((when, ibis.literal(part, "int8")) for when, part in after), else_=ibis.literal(0, "int8")
+            )
         )
     ordered = interactions.mutate(
         position=ibis.row_number().over(in_order()),

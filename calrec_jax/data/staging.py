@@ -80,13 +80,9 @@ def _line_counts(row: Mapping[str, Any], source: Source) -> LineCounts:
     return LineCounts(source.name, row["lines"], row["kept"], **counters)
 
 
-def _read(
-    entry: Path, files: Mapping[str, Sequence[Source]], request: Mapping[str, Any], quarantine: Path
-) -> None:
+def _read(entry: Path, files: Mapping[str, Sequence[Source]], request: Mapping[str, Any], quarantine: Path) -> None:
     with artifacts.atomic_folder(entry) as temporary:
-        raw = readers.read(
-            temporary, files["reviews"], files["metadata"], quarantine=quarantine, **request["settings"]
-        )
+        raw = readers.read(temporary, files["reviews"], files["metadata"], quarantine=quarantine, **request["settings"])
         shutil.copyfile(quarantine, temporary / QUARANTINE_FILE)
         artifacts.write_manifest(
             temporary,

@@ -27,7 +27,16 @@ _FIRST_DAY = 1_262_304_000 // 86_400  # 2010-01-01
 _DAYS = 3_100
 _DIRTY = 0.0005  # share of lines that are repeated, and of lines that are broken off
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_SUBJECTS = ("The {0}", "This {0}", "My second {0}", "The {0} I had before", "Our office's {0}", "It", "The box", "The colour")
+_SUBJECTS = (
+    "The {0}",
+    "This {0}",
+    "My second {0}",
+    "The {0} I had before",
+    "Our office's {0}",
+    "It",
+    "The box",
+    "The colour",
+)
 _VERBS = ("works", "looks", "feels", "arrived", "fits", "prints", "holds up", "does the job", "was packed", "smells")
 _ENDS = (
     "just as described", "better than I expected", "after three weeks of daily use", "a bit cheap for the price",

@@ -52,7 +52,7 @@ class ContentDigest:
 
     def __init__(self, schema: pa.Schema):
         self._digests = {name: [hashlib.sha256() for _ in range(6)] for name in schema.names}
-        self._types = {name: str(schema.field(name).type) for name in schema.names}
+        self._types = {name: _type_name(schema.field(name).type) for name in schema.names}
 
     def update(self, table: pa.Table) -> None:
         """Adds rows."""
@@ -64,6 +64,11 @@ class ContentDigest:
         """The digest of the columns' names, types and values."""
         columns = {name: [digest.hexdigest() for digest in digests] for name, digests in self._digests.items()}
         return artifacts.hash_json({"columns": columns, "types": self._types, "order": list(columns)})
+
+
+def _type_name(type_: pa.DataType) -> str:
+    """Without what a list calls its elements, which depends on who wrote it."""
+    return f"list<{_type_name(type_.value_type)}>" if pa.types.is_list(type_) else str(type_)
 
 
 def _digest_array(array: pa.Array, digests: Sequence[Any]) -> None:

@@ -8,8 +8,6 @@ attributes, lower case, `\w+`), "ranking" is the text and the tokenizer of the p
 import functools
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.metrics import TargetRanks, target_ranks

@@ -30,7 +30,12 @@ class Completions:
     """
 
     def __init__(
-        self, folder: pathlib.Path, dataset: Dataset, columns: Sequence[str], missing: str = "error", split: str = "test"
+        self,
+        folder: pathlib.Path,
+        dataset: Dataset,
+        columns: Sequence[str],
+        missing: str = "error",
+        split: str = "test",
     ):
         """Reads columns of the shards.
 
