@@ -178,3 +178,23 @@ def test_settings_that_the_caller_passes_are_refused(load):
 def test_a_reference_to_the_library_and_not_to_the_folder():
     assert "site-packages" in gin.__file__
     assert not (config.PACKAGED / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "layout", "target"),
+    [
+        ("beauty_2014", "2014", "Beauty"),
+        ("gift_cards", "2018", "Gift_Cards"),
+        ("all_beauty_2023", "2023", "All_Beauty"),
+    ],
+)
+def test_packaged_datasets_load(file, layout, target):
+    from calrec_jax.pipeline import Line
+
+    try:
+        config.load([f"datasets/{file}.gin"], ["DATA_DIR='dumps'", "run.run_dir='x'"])
+        assert gin.query_parameter("prepare.layout") == layout
+        line = Line()
+    finally:
+        gin.clear_config()
+    assert (line.target, line.data_dir, line.all_categories) == (target, "dumps", (target,))

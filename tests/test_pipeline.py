@@ -32,6 +32,7 @@ class Recorder:
                 self.skipped.append(out)
             else:
                 artifacts.write_manifest(out, kind=verb, made_from={}, settings={})
+            return types.SimpleNamespace(card={})
 
         return step
 
@@ -47,6 +48,7 @@ def rooms(monkeypatch):
         load = staticmethod(lambda folder: f"read {folder}")
 
     module("data.prepare", prepare=recorder.room("prepare"))
+    module("data.card", summary=lambda card: ["the card"])
     module("data.templates", Template=lambda: "template")
     module("data.dataset", Dataset=Loaded)
     module("tokenizer", make_tokenizer=recorder.room("vocab"), Tokenizer=Loaded)
@@ -95,8 +97,9 @@ def test_the_whole_line(rooms, line, capsys):
         (),
         {
             "name": "Games",
-            "reviews": root.raw / "Games_5.json.gz",
-            "metadata": root.raw / "meta_Games.json.gz",
+            "reviews": None,  # the layout's usual names
+            "metadata": None,
+            "data_dir": str(root.raw),
         },
     )
     assert inputs[2] == (([toys, games], "template"), {})
@@ -191,7 +194,8 @@ def test_other_splits_stages_and_files(rooms, line, tmp_path):
     )
     changed.run()
     by_verb = {verb: (out, inputs, settings) for verb, out, inputs, settings, _ in rooms.calls}
-    assert by_verb["prepare"][2]["reviews"] == tmp_path / "dumps" / "Toys.jsonl"
+    assert by_verb["prepare"][2]["reviews"] == "{category}.jsonl"
+    assert by_verb["prepare"][2]["data_dir"] == str(tmp_path / "dumps")
     assert by_verb["train"][2] == {"init_from": None}
     assert by_verb["decode"][0].name == "validation-sample"
     assert by_verb["evaluate"][0].name == "report-validation"
