@@ -276,7 +276,8 @@ def test_a_global_split_is_a_fact_of_manifest_and_card(tmp_path, raw):
     rows = [("a", 1), ("a", 2), ("a", 25), ("a", 35), ("b", 21), ("b", 31), ("c", 1), ("c", 22), ("d", 5), ("e", 33)]
     reviews = [{"reviewerID": user, "asin": f"i{time % 5}", "unixReviewTime": time} for user, time in rows]
     write_json_lines(raw["reviews"], reviews)
-    dataset = prepare(tmp_path / "d", **raw, split="global_time", split_times=(20, 30), min_length=1)
+    rules = {"min_length": 1, "remove_consecutive_repeats": False}
+    dataset = prepare(tmp_path / "d", **raw, split="global_time", split_times=(20, 30), **rules)
     assert dataset.user_ids.tolist() == list("abcde")
     assert dataset.train_end.tolist() == [2, 0, 1, 1, 0]
     assert dataset.valid_position.tolist() == [2, -1, 1, -1, -1]  # b and e have nothing before their first purchase

@@ -1,4 +1,4 @@
-"""Users without a target in a split are not in it, from examples to the report; categories share nothing in a mixture."""
+"""Users without a target in a split are not in it, from examples to the report; categories are kept apart."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_who_is_not_in_the_split_is_no_miss(tmp_path, mixed):
     assert rows["popular"]["metrics"] == rows["popularity"]["metrics"]
     per_user = pq.read_table(tmp_path / "report" / "per_user.parquet")
     assert set(per_user["user_id"].to_pylist()) == set(there)
-    lacking = write_completions(tmp_path / "lacking", mixed, completion_rows(mixed)[3:4])
+    lacking = write_completions(tmp_path / "lacking", mixed, completion_rows(mixed)[4:5])
     with pytest.raises(CalrecError, match=r"lacks completions of 19 of the 20 users"):
         rank(tmp_path / "rankings" / "test-x", mixed, lacking)
 

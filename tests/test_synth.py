@@ -36,7 +36,7 @@ def test_a_dump_is_as_asked(tmp_path):
     items, _ = read(metadata)
     assert len({row["title"] for row in items}) == len({row["asin"] for row in items}) == 500
     dataset = prepare(tmp_path / "d", name="x", reviews=reviews, metadata=metadata)
-    assert len(dataset.user_ids) == 3000 and dataset.card["split"]["train_users"] == 3000
+    assert len(dataset.user_ids) == 3000 and dataset.card["split"]["test_users"] == 3000
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
@@ -50,7 +50,7 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path):
 def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
     monkeypatch.setattr(synth_lib, "_CHUNK", 100)
     peaks = []
-    for users in (400, 1600):
+    for users in (1200, 3600):
         tracemalloc.start()
         write_synth(tmp_path / str(users), Synth(users=users, items=50))
         peaks.append(tracemalloc.get_traced_memory()[1])

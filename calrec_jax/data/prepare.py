@@ -293,7 +293,7 @@ class _Category:
         if "category" not in metadata.columns:
             raise CalrecError(f"prepare.keep_categories={names}: the items of this layout have no category.")
         engine = self._engine
-        chosen = engine.materialise(metadata.filter(relational.in_categories(names)))
+        chosen = engine.materialise(relational.in_categories(metadata, names))
         kept = self._stage(
             f"items outside the categories {names}", engine.materialise(read.semi_join(chosen, "item_id"))
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import ibis
 from ibis import _
-from ibis.expr.types import BooleanValue, Table
+from ibis.expr.types import Table
 
 ORDER = ("part", "timestamp", "line")
 
@@ -107,11 +107,11 @@ def drop_repeated_items(metadata: Table, attributes: Sequence[str]) -> Table:
     return ranked.filter(_.place == 0).drop("absent", "place", "line")
 
 
-def in_categories(categories: Sequence[str]) -> BooleanValue:
-    """Whether an item's category path has one of these levels (or several in a row, as written)."""
-    path = ibis.literal(", ") + _.category + ibis.literal(", ")
+def in_categories(metadata: Table, categories: Sequence[str]) -> Table:
+    """Keeps the items whose category path has one of these levels (or several in a row, as written)."""
+    path = ibis.literal(", ") + metadata.category + ibis.literal(", ")
     found = [path.contains(f", {name}, ") for name in categories]
-    return ibis.or_(*found).fill_null(False)
+    return metadata.filter(ibis.or_(*found).fill_null(False))
 
 
 def catalogue(interactions: Table, metadata: Table, attributes: Sequence[str], keep_unbought: bool) -> Table:

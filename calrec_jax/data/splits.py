@@ -61,7 +61,8 @@ def check_times(times: Sequence[Moment] | None, kind: str) -> None:
     if kind != GLOBAL_TIME:
         raise CalrecError(f"prepare.split_times={times!r} has no effect with prepare.split={kind!r}; leave it out.")
     wrong = isinstance(times, str) or len(times) != 2 or len({isinstance(time, float) for time in times}) > 1
-    if wrong or (isinstance(times[0], float) and not 0 < times[0] < times[1] < 1):
+    shares = [time for time in times if isinstance(time, float)]
+    if wrong or (shares and not 0 < shares[0] < shares[1] < 1):
         raise CalrecError(
             f"prepare.split_times={times!r}: two moments, where validation and where test begins: both shares of the "
             "purchases, such as (0.8, 0.9), both dates, such as ('2017-01-01', '2018-01-01'), or both seconds."

@@ -154,7 +154,13 @@ class _Things:
         rest, brand = divmod(rest, len(self._words.brands))
         rest, variant = divmod(rest, len(variants))
         rest, size = divmod(rest, len(sizes))
-        words = (self._words.brands[brand], f"No. {rest + 1}", name, variants[variant], sizes[size])
+        words = (
+            self._words.brands[brand],
+            f"No. {rest * len(self.kinds) + kind + 1}",
+            name,
+            variants[variant],
+            sizes[size],
+        )
         return json.dumps(
             {
                 "category": list(path),
