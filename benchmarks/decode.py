@@ -50,9 +50,8 @@ def main():
     name = next((line.split(":")[1].strip() for line in processor.splitlines() if line.startswith("Model name")), "?")
     print(f"machine: {os.cpu_count()} × {name}, load {os.getloadavg()[0]:.1f}")
     globals()[arguments.part](arguments)
-    print(
-        f"load {os.getloadavg()[0]:.1f}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"load {os.getloadavg()[0]:.1f}, peak memory {memory:.2f} GiB")
 
 
 def interleaved(sides, rounds):
@@ -113,10 +112,8 @@ def peer(arguments):
         ratio = [theirs / ours for theirs, ours in zip(*each, strict=True)]
         print(f"  calrec is {ratio[0]:.1f} times as fast by the clock, {ratio[1]:.1f} times by processor time")
     c = model.config
-    prefix = 2 * c.num_layers * c.num_kv_heads * c.head_width * arguments.prompt * 4
-    print(
-        f"  keys and values of a prefix: {prefix / 2**20:.1f} MiB a user here, {SAMPLES * prefix / 2**20:.0f} MiB if tiled"
-    )
+    prefix = 2 * c.num_layers * c.num_kv_heads * c.head_width * arguments.prompt * 4 / 2**20
+    print(f"  keys and values of a prefix: {prefix:.1f} MiB a user here, {SAMPLES * prefix:.0f} MiB if tiled")
 
 
 def transformers_generate(model, params, prompts):
@@ -142,8 +139,9 @@ def transformers_generate(model, params, prompts):
         "lm_head.weight": tensor(params["embedding"]),
         "model.norm.weight": tensor(params["final_norm"]["scale"]),
     }
-    names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-             "output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
+    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    names = {ours: f"self_attn.{theirs}" for ours, theirs in attention.items()}
+    names |= {ours: f"mlp.{ours}_proj" for ours in ("gate", "up", "down")}
     for i in range(c.num_layers):
         for ours, theirs in names.items():
             kernel = np.asarray(layers[ours]["kernel"][i])
@@ -194,8 +192,8 @@ def trie(arguments):
     clock, processor = time.perf_counter() - clock, time.process_time() - processor
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     print(
-        f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s, {processor:.1f} s processor, "
-        f"{len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB, {more:.2f} GiB more at the peak while built"
+        f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s, {processor:.1f} s "
+        f"processor, {len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB, {more:.2f} GiB more at the peak while built"
     )
 
 
