@@ -193,7 +193,8 @@ def trie(arguments):
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     print(
         f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s, {processor:.1f} s "
-        f"processor, {len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB, {more:.2f} GiB more at the peak while built"
+        f"processor, {len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB; while built, the peak rose by "
+        f"{more:.2f} GiB"
     )
 
 
