@@ -1,13 +1,13 @@
-"""Decoding speed: samples against Hugging Face on the same weights, constrained beams against free ones, growth in users.
+"""Decoding speed: samples against Hugging Face on the same weights, constrained beams against free ones, growth.
 
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=peer --prompt=256
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=trie --items=1000000
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=beam --run_dir=RUN    # any run: its catalogue and its users
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=growth
 
-`peer` needs the extra `bench`; without it, or with --peer=none, it prints our figure alone. Both sides write 32 samples of
-exactly 32 tokens a user at T = 0.5, in turns, and the medians of the rounds are printed: of the clock, and of the processor
-time, which other work on the machine changes little. Compilation is left out, and printed apart where it is ours.
+`peer` needs the extra `bench`; with --peer=none it prints our figure alone. Both sides write 32 samples of exactly 32
+tokens a user at T = 0.5, in turns, and the medians of the rounds are printed: of the clock, and of the processor time,
+which other work on the machine changes less. Compilation is left out, and printed apart where it is ours.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import pathlib
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import types
 
 import numpy as np
 
@@ -30,7 +32,7 @@ VOCAB, NEW, SAMPLES, TEMPERATURE = 8192, 32, 32, 0.5
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", required=True, choices=("peer", "trie", "beam", "growth"))
+    parser.add_argument("--part", required=True, choices=("peer", "trie", "beam", "growth", "grow"))
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (peer)")
     parser.add_argument("--users", type=int, default=32, help="users a round (peer), or in all (beam)")
     parser.add_argument("--batch_users", type=int, default=32)
@@ -47,10 +49,9 @@ def main():
     processor = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
     name = next((line.split(":")[1].strip() for line in processor.splitlines() if line.startswith("Model name")), "?")
     print(f"machine: {os.cpu_count()} × {name}, load {os.getloadavg()[0]:.1f}")
-    {"peer": peer, "trie": trie, "beam": beam, "growth": growth}[arguments.part](arguments)
-    print(
-        f"load {os.getloadavg()[0]:.1f}, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
+    globals()[arguments.part](arguments)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"load {os.getloadavg()[0]:.1f}, peak memory {memory:.2f} GiB")
 
 
 def interleaved(sides, rounds):
@@ -107,16 +108,12 @@ def peer(arguments):
     for name, (clock, processor) in figures.items():
         print(f"  {name:<14}{users[name] / clock:9.3f} users/s, {processor / users[name]:8.2f} processor s a user")
     if "transformers" in figures:
-        ratio = [
-            figures["transformers"][i] / users["transformers"] / (figures["calrec"][i] / users["calrec"])
-            for i in (0, 1)
-        ]
+        each = [[figures[name][i] / users[name] for i in (0, 1)] for name in ("transformers", "calrec")]
+        ratio = [theirs / ours for theirs, ours in zip(*each, strict=True)]
         print(f"  calrec is {ratio[0]:.1f} times as fast by the clock, {ratio[1]:.1f} times by processor time")
     c = model.config
-    prefix = 2 * c.num_layers * c.num_kv_heads * c.head_width * arguments.prompt * 4
-    print(
-        f"  keys and values of a prefix: {prefix / 2**20:.1f} MiB a user here, {SAMPLES * prefix / 2**20:.0f} MiB if tiled"
-    )
+    prefix = 2 * c.num_layers * c.num_kv_heads * c.head_width * arguments.prompt * 4 / 2**20
+    print(f"  keys and values of a prefix: {prefix:.1f} MiB a user here, {SAMPLES * prefix:.0f} MiB if tiled")
 
 
 def transformers_generate(model, params, prompts):
@@ -142,12 +139,13 @@ def transformers_generate(model, params, prompts):
         "lm_head.weight": tensor(params["embedding"]),
         "model.norm.weight": tensor(params["final_norm"]["scale"]),
     }
-    names = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-             "output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
+    attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    names = {ours: f"self_attn.{theirs}" for ours, theirs in attention.items()}
+    names |= {ours: f"mlp.{ours}_proj" for ours in ("gate", "up", "down")}
     for i in range(c.num_layers):
         for ours, theirs in names.items():
             kernel = np.asarray(layers[ours]["kernel"][i])
-            into = c.embed_dim if ours != "output" and ours != "down" else np.prod(kernel.shape[:-1])
+            into = np.prod(kernel.shape[:-1]) if ours in ("output", "down") else c.embed_dim
             weights[f"model.layers.{i}.{theirs}.weight"] = tensor(kernel.reshape(int(into), -1).T)
         for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
             weights[f"model.layers.{i}.{theirs}.weight"] = tensor(layers[ours]["scale"][i])
@@ -194,8 +192,9 @@ def trie(arguments):
     clock, processor = time.perf_counter() - clock, time.process_time() - processor
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     print(
-        f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s ({processor:.1f} s processor), "
-        f"{len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB, {more:.2f} GiB more at the peak while built"
+        f"trie of {arguments.items:,} items, {len(catalogue.tokens):,} tokens: {clock:.1f} s, {processor:.1f} s "
+        f"processor, {len(built.edge_tokens):,} edges, {built.nbytes / 2**20:.0f} MiB; while built, the peak rose by "
+        f"{more:.2f} GiB"
     )
 
 
@@ -243,45 +242,39 @@ def beam(arguments):
 
 
 def growth(arguments):
-    """Seconds and peak memory of a process that samples 1, 10 and 100 thousand users of a very small model in shards."""
-    script = """
-import resource, sys, time
-import numpy as np
-sys.path.insert(0, sys.argv[3])
-import decode as bench
-from calrec_jax.decode.sampling import Sampler
-from calrec_jax.decode import shards
-from calrec_jax.decode.writer import Writer
-import types, pathlib
-users, out = int(sys.argv[1]), pathlib.Path(sys.argv[2])
-model, params = bench.random_model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, mlp_dim=24)
-class Prompts:
-    user_ids = np.array([f"user {i}" for i in range(users)], object)
-    lengths = np.full(users, 16)
-    dropped_items = 0
-    def tokens(self, rows, length):
-        return np.random.default_rng(int(rows[0])).integers(2, bench.VOCAB, (len(rows), length)).astype(np.int32)
-tokenizer = types.SimpleNamespace(decode_many=lambda rows: [" ".join(map(str, row)) for row in rows])
-dataset = types.SimpleNamespace(user_ids=Prompts.user_ids)
-sampler = Sampler(model, params, eos_id=1, num_samples=4, temperature=0.5, max_new_tokens=4, batch_users=64)
-writer = Writer(out, "bench", dataset, tokenizer, Prompts(), sampler, 0, False)
-began, processor = time.perf_counter(), time.process_time()
-writer.write(np.arange(users), 1024)
-print("RESULT", time.perf_counter() - began, time.process_time() - processor,
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-    here = str(pathlib.Path(__file__).resolve().parent)
+    """Seconds and peak memory of processes that sample 1, 10 and 100 thousand users in shards."""
     for users in (1_000, 10_000, 100_000):
-        with tempfile.TemporaryDirectory() as out:
-            command = ["python", "-c", script, str(users), out, here]
-            import sys
+        command = [sys.executable, __file__, "--part=grow", f"--users={users}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(next(line for line in done.stdout.splitlines() if "users:" in line), flush=True)
 
-            done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, check=True)
-        clock, processor, memory = map(float, done.stdout.split("RESULT")[1].split())
-        print(
-            f"  {users:>7,} users: {clock:7.1f} s, {processor:7.1f} s processor, {memory:.2f} GiB at the peak",
-            flush=True,
-        )
+
+def grow(arguments):
+    """What one process of `growth` does: 4 samples of 4 tokens of a very small model, prompts of 16 tokens."""
+    from calrec_jax.decode.sampling import Sampler
+    from calrec_jax.decode.writer import Writer
+
+    users = arguments.users
+    model, params = random_model(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, mlp_dim=24)
+    sampler = Sampler(
+        model, params, eos_id=1, num_samples=4, temperature=TEMPERATURE, max_new_tokens=4, batch_users=64
+    )  # fmt: skip
+    names = np.array([f"user {i}" for i in range(users)], object)
+    prompts = types.SimpleNamespace(
+        user_ids=names,
+        lengths=np.full(users, 16),
+        dropped_items=0,
+        tokens=lambda rows, length: random_batch(len(rows), length, seed=int(rows[0])).tokens,
+    )
+    tokenizer = types.SimpleNamespace(decode_many=lambda rows: [" ".join(map(str, row)) for row in rows])
+    with tempfile.TemporaryDirectory() as out:
+        dataset = types.SimpleNamespace(user_ids=names)
+        writer = Writer(pathlib.Path(out), "benchmark", dataset, tokenizer, prompts, sampler, 0, False)
+        clock, processor = time.perf_counter(), time.process_time()
+        writer.write(np.arange(users), 1024)
+        clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"  {users:>7,} users: {clock:7.1f} s, {processor:7.1f} s processor, {memory:.2f} GiB at the peak")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Slice:
 
 def training_purchases(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """User and item of every purchase that training sees: two flat arrays."""
-    lengths = np.maximum(dataset.valid_position.astype(np.int64), 0)
+    lengths = np.maximum(dataset.train_end.astype(np.int64), 0)
     users = np.repeat(np.arange(len(lengths)), lengths)
     places = np.arange(len(users)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return users, dataset.items[dataset.offsets[:-1][users] + places]
