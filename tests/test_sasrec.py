@@ -51,7 +51,10 @@ def dataset(tmp_path_factory):
     return save_dataset(
         tmp_path_factory.mktemp("data") / "dataset",
         name="Ring",
-        items=pa.Table.from_pylist([{"item_id": f"i{n}", "title": f"item {n}"} for n in range(10)]),
+        items=pa.table(
+            {"item_id": [f"i{n}" for n in range(10)]}
+            | {name: [f"{name} {n}" for n in range(10)] for name in ("title", "category", "brand", "price")}
+        ),
         sequences=pa.table(
             {
                 "user_id": [f"u{n:02}" for n in range(len(walks))],
