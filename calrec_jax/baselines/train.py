@@ -270,11 +270,11 @@ def _validate(hidden: np.ndarray, params: Any, histories: Histories) -> float:
     column = metric_names().index(WATCHED)
     block = max(1, _SCORES_A_BLOCK // len(embedding))
     total = 0.0
-    for at in range(0, len(hidden), block):
-        scores = hidden[at : at + block] @ embedding.T
-        ranks = target_ranks(histories.targets[at : at + block], scores)
+    for at in range(0, len(histories.users), block):
+        users = histories.users[at : at + block]
+        ranks = target_ranks(histories.targets[users], hidden[users] @ embedding.T)
         total += per_user_metrics(ranks, "mean_rank")[:, column].sum()
-    return float(total / len(hidden))
+    return float(total / max(1, len(histories.users)))
 
 
 def _watch(state: SASRecState, value: float) -> SASRecState:

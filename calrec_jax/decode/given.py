@@ -23,7 +23,7 @@ def history(dataset: Dataset, split: str, leave_out: str) -> Candidates | None:
     if leave_out == "none":
         return None
     start = dataset.offsets[:-1]
-    end = start + (dataset.test_position if split == "test" else dataset.valid_position)
+    end = start + dataset.history_lengths(split)
     return Candidates(dataset.items, np.maximum(start, end - 1) if leave_out == "last" else start, end)
 
 
