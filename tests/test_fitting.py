@@ -8,7 +8,7 @@ from ranking_data import make_dataset
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
-from calrec_jax.evaluate.run import ranking_ranks
+from calrec_jax.evaluate.metrics import target_ranks
 from calrec_jax.rank import fitting
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.run import rank
@@ -36,7 +36,11 @@ def gather(rankings, dataset, **options):
 
 
 def ndcg_of(folder, dataset):
-    ranks, _ = ranking_ranks(folder, dataset, Histories(dataset, "validation"))
+    targets = Histories(dataset, "validation").targets
+    scores = np.full((len(targets), len(dataset.item_ids)), -np.inf)
+    for lists in RankingReader(folder, dataset).blocks():
+        scores[lists.users[:, None], lists.items] = lists.scores
+    ranks = target_ranks(targets, scores)
     places = 1 + ranks.n_greater + ranks.n_equal / 2
     return np.where(places <= 10, 1 / np.log2(1 + places), 0).mean()
 

@@ -219,7 +219,7 @@ def test_bad_lines_are_kept_for_the_user(tmp_path, raw):
     ("change", "message"),
     [
         ({"name": "a/b"}, r"prepare\.name='a/b'"),
-        ({"layout": "1999"}, r"prepare\.layout='1999': one of \['2018'\]"),
+        ({"layout": "1999"}, r"prepare\.layout='1999': one of \['2014', '2018', '2023', 'tables'\]"),
         ({"min_length": 2}, r"prepare\.min_length=2: at least 3"),
         ({"max_bad_share": 1.5}, r"prepare\.max_bad_share=1\.5"),
         ({"reviews": Path("nowhere.json.gz")}, r"nowhere\.json\.gz does not exist"),
