@@ -25,7 +25,6 @@ from calrec_jax import artifacts
 from calrec_jax.compiled import compiled
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
-from calrec_jax.rank.pruning import Postings, best_items
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index at DEBUG, whatever the root's level
 
@@ -33,15 +32,6 @@ _TOKEN = re.compile(r"\w+")
 # NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.
 _MARKS = str.maketrans({"™": " ", "℠": " "})
 NORMALIZATIONS = ("nfkc", "lower")
-KIND = "bm25"
-_FILES = (
-    "data.csc.index.npy",
-    "indices.csc.index.npy",
-    "indptr.csc.index.npy",
-    "vocab.index.json",
-    "params.index.json",
-    "tokenizer.json",
-)
 
 
 @gin.configurable
@@ -161,13 +151,6 @@ class BM25Index:
         vocabulary = self.bm25s.vocab_dict
         return [vocabulary[token] for token in self.tokenizer(text) if token in vocabulary]
 
-    def _words(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of all texts, flat, and where each text's begin: int64."""
-        ids = [self.token_ids(text) for text in texts]
-        starts = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(row) for row in ids], out=starts[1:])
-        return np.fromiter((token for row in ids for token in row), np.int64, starts[-1]), starts
-
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Scores each text against every item.
 
@@ -177,74 +160,34 @@ class BM25Index:
         Returns:
           [N, I] float32, equal to `bm25s.BM25.get_scores` of the same tokens.
         """
-        tokens, starts = self._words(texts)
-        scores = np.zeros((len(texts), self.num_items), np.float32)
+        ids = [self.token_ids(text) for text in texts]
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(row) for row in ids], out=starts[1:])
+        tokens = np.fromiter((token for row in ids for token in row), np.int64, starts[-1])
+        scores = np.zeros((len(ids), self.num_items), np.float32)
         _add_token_scores(self._data, self._indices, self._indptr, tokens, starts, scores)
         return scores
 
-    @functools.cached_property
-    def _postings(self) -> Postings:
-        return Postings.of(self._data, self._indices, self._indptr, self.num_items)
-
-    def best(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The best items of each text, without scoring the whole catalogue, and exactly those that `scores` gives.
-
-        Args:
-          texts: [N].
-          k: how many; 1 or more. A k above the number of matching items gives these.
-
-        Returns:
-          items: int32, for each text every item whose score is positive and not below its k-th best: best first, ties
-          in the order of the catalogue, those with the k-th all there. A text that matches nothing has none. scores:
-          float32, as `scores` has them. ends: [N + 1] int64, text n's items are `[ends[n], ends[n + 1])`.
-
-        Raises:
-          CalrecError: k is below 1.
-        """
-        if k < 1:
-            raise CalrecError(f"the number of best items is {k}: it must be at least 1")
-        words, starts = self._words(texts)
-        return best_items(self._postings, words.astype(np.int32), starts, min(k, self.num_items))
-
-    def save(self, folder: pathlib.Path, dataset_hash: str) -> None:
-        """Writes the index in bm25s' own files with the tokenizer's settings and a manifest, the folder as a whole.
-
-        Args:
-          folder: must not exist.
-          dataset_hash: of the dataset whose texts are indexed.
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the index in bm25s' own files with the tokenizer's settings beside them, the folder as a whole.
 
         Raises:
           CalrecError: the folder exists or cannot be written.
         """
-        settings = dataclasses.asdict(self.tokenizer)
         with artifacts.atomic_folder(folder) as temporary:
-            self.bm25s.save(temporary, corpus=None, show_progress=False)
-            artifacts.write_json(temporary / "tokenizer.json", settings)
-            files = artifacts.hash_files(temporary / name for name in _FILES)
-            made_from = {"dataset": dataset_hash}
-            artifacts.write_manifest(
-                temporary, kind=KIND, made_from=made_from, settings=settings, items=self.num_items, files=files
-            )
+            self.bm25s.save(temporary, corpus=None)
+            artifacts.write_json(temporary / "tokenizer.json", dataclasses.asdict(self.tokenizer))
 
     @classmethod
-    def load(cls, folder: pathlib.Path, dataset_hash: str, *, mmap: bool = True) -> "BM25Index":
+    def load(cls, folder: pathlib.Path, *, mmap: bool = True) -> "BM25Index":
         """Reads what `save` wrote; memory-mapped, so that processes share one copy.
 
-        Args:
-          folder: of the index.
-          dataset_hash: of the dataset that is to be searched.
-          mmap: False copies the arrays into memory.
-
         Raises:
-          CalrecError: the folder holds no index, a damaged one, or another dataset's.
+          CalrecError: the folder holds no index or a damaged one.
         """
-        folder = pathlib.Path(folder)
-        manifest = artifacts.read_manifest(folder, kind=KIND)
-        if manifest["made_from"].get("dataset") != dataset_hash:
-            raise CalrecError(f"{folder} indexes another dataset than the one to search; delete it and make it again")
-        artifacts.check_files(folder, manifest)
+        settings = artifacts.read_json(pathlib.Path(folder) / "tokenizer.json")
         try:
-            tokenizer = BM25Tokenizer(**artifacts.read_json(folder / "tokenizer.json"))
+            tokenizer = BM25Tokenizer(**settings)
             index = bm25s.BM25.load(folder, load_corpus=False, mmap=mmap)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CalrecError(f"{folder} is not a BM25 index ({error}); delete it and make it again") from error
