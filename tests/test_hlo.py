@@ -45,6 +45,7 @@ ENTRY %main (x: f32[4,8], w: f32[8,8]) -> f32[4,8] {
   %w.1 = f32[8,8]{1,0} parameter(1)
   %start = s32[] constant(2)
   %tuple = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%start, %x.1, %w.1)
+  %first = f32[8,8]{1,0} all-gather(%w.1), channel_id=3, dimensions={0}
   %while.1 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) while(%tuple), condition=%condition.1, body=%body.1
   ROOT %out = f32[4,8]{1,0} get-tuple-element(%while.1), index=1
 }
@@ -54,7 +55,7 @@ ENTRY %main (x: f32[4,8], w: f32[8,8]) -> f32[4,8] {
 def test_loops_multiply_their_body_and_copies_of_a_collective_count_once():
     known = Program(LOOPS.replace("LIMIT", "constant(7)")).cost()
     assert known.flops == 5 * 2 * 4 * 8 * 8, "from 2 to 7"
-    assert known.collective_bytes == {"all-gather": 5 * 8 * 8 * 4}
+    assert known.collective_bytes == {"all-gather": (1 + 5) * 8 * 8 * 4}, "one before the loop, one a turn"
     assert known.dynamic_loops == []
 
 

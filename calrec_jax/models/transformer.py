@@ -17,6 +17,7 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.models import attention
@@ -104,6 +105,11 @@ def _partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Ca
     return cast(Callable[..., jax.Array], nn.with_logical_partitioning(init, axes))
 
 
+def _placed(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """`x` with its rows where `rows` has them, and nothing else split; as it comes where that is None."""
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · scale (Zhang & Sennrich, 2019), in float32."""
 
@@ -135,9 +141,10 @@ class Einsum(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP."""
+    """Pre-norm attention and gated MLP; `rows` as in `Transformer`."""
 
     config: TransformerConfig
+    rows: NamedSharding | None = None
 
     def setup(self):
         """The projections, the two norms and the dropout."""
@@ -190,12 +197,13 @@ class Block(nn.Module):
             mixed = attention.shared_prefix_attention(
                 query, prefix, context["prefix_mask"], kv, context["suffix_mask"], context["cells"]
             )
-        x = x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic)
+        x = _placed(x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic), self.rows)
         normed = self.mlp_norm(x)
         hidden = ACTIVATIONS[self.config.activation](self.gate("...d,df->...f", normed)) * self.up(
             "...d,df->...f", normed
         )
-        return x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic), kv
+        x = x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic)
+        return _placed(x, self.rows), kv
 
 
 class Transformer(nn.Module):
@@ -204,10 +212,14 @@ class Transformer(nn.Module):
     Attributes:
       config: sizes.
       vocab_size: V.
+      rows: where the rows of activations lie, when it trains over a mesh. Left to itself the partitioner splits
+        activations along D, as it finds the weights, and sums them over all devices in every layer; told where the
+        rows are, it gathers the weights instead (docs/performance.md has what that saves).
     """
 
     config: TransformerConfig
     vocab_size: int
+    rows: NamedSharding | None = None
 
     def setup(self):
         """The tied embedding, the scanned blocks and the final norm."""
@@ -226,12 +238,12 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(c, self.rows)
         self.final_norm = RMSNorm(c.norm_epsilon)
 
     def _embed(self, tokens: jax.Array, deterministic: bool) -> jax.Array:
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype) * math.sqrt(self.config.embed_dim)
-        return self.embedding_dropout(x, deterministic=deterministic)
+        return self.embedding_dropout(_placed(x, self.rows), deterministic=deterministic)
 
     def _run(self, x: jax.Array, cache: Any, context: dict[str, Any], deterministic: bool, keep_kv: bool):
         """Runs all blocks; keys and values come and go as one pair a layer (None where they are not kept)."""
@@ -252,7 +264,7 @@ class Transformer(nn.Module):
         on CPU, where the loop keeps XLA from fusing across its body (measured: 1.6 to 3 times slower a training step).
         """
         stacked = nn.meta.unbox(self.layers.variables["params"])
-        block = Block(self.config, parent=None)
+        block = Block(self.config, self.rows, parent=None)
         layers: list[Callable[..., Any]] = []
         for i in range(self.config.num_layers):
             params = jax.tree.map(lambda a, i=i: a[i], stacked)

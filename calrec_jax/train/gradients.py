@@ -38,6 +38,11 @@ def activations(model: Transformer, params: Any, batch: Batch, rng: jax.Array | 
     return cast(jax.Array, hidden)  # flax's type leaves room for mutated variables beside it
 
 
+def over(model: Transformer, mesh: Mesh) -> Transformer:
+    """The model told where the rows of a batch lie on the mesh; on one device there is nothing to tell."""
+    return model if mesh.size == 1 else model.clone(rows=NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
 def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh, micro_batches: int = 1) -> Gradients:
     """Builds `gradients(params, batch, step) -> (metrics, gradients)`, to be jitted over `mesh`.
 
@@ -49,6 +54,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
       micro_batches: M; 1 is the plain gradient. Without dropout every M gives the same up to rounding.
     """
     dropout = model.config.dropout_rate > 0
+    model = over(model, mesh)
 
     def rng(step: jax.Array) -> jax.Array | None:
         return jax.random.fold_in(jax.random.key(seed, impl="rbg"), step) if dropout else None

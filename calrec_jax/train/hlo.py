@@ -117,7 +117,8 @@ class Program:
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            # What runs beside it is written as several copies of one collective, each with its channel.
+            # What runs beside other work is written as several copies of one collective, each with its channel. A loop
+            # may have one more before it, for its first turn: that is another transfer, so channels are a loop's own.
             if channel is None or channel.group(1) not in self._channels:
                 own = size_of(instruction.type)
                 given = sum(size_of(types.get(operand, "")) for operand in instruction.operands)
@@ -125,7 +126,9 @@ class Program:
                 if channel is not None:
                     self._channels.add(channel.group(1))
         elif kind == "while":
+            outside, self._channels = self._channels, set()
             body = self._cost(instruction.called("body")[0])
+            self._channels = outside
             turns = self._turns(instruction, computation)
             if turns is None:
                 total.dynamic_loops.append(body.flops)

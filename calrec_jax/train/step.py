@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig, calrec_loss
 from calrec_jax.models.transformer import Transformer
-from calrec_jax.train.gradients import ROWS, Metrics, activations, make_gradients
+from calrec_jax.train.gradients import ROWS, Metrics, activations, make_gradients, over
 
 MESH_AXES = ("replica", "data", "fsdp", "model")
 # T5X's logical names → mesh axes.
@@ -190,6 +190,7 @@ def make_eval_step(
     model: Transformer, loss_config: LossConfig, mesh: Mesh
 ) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
     """Builds the jitted `eval_step(params, batch) -> metrics`, without dropout."""
+    model = over(model, mesh)
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
         return calrec_loss(activations(model, params, batch), params["embedding"], batch, loss_config)[1]
