@@ -135,7 +135,7 @@ class _Progress:
         self._decoded += users
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._said >= self._every or self._at == self._users:
+        if self._cost_done and (now - self._said >= self._every or self._at == self._users):
             self._said = now
             seconds = now - self._began
             left = seconds / max(self._cost_done, 1.0) * (self._costs[-1] - self._costs[self._at])
