@@ -50,8 +50,7 @@ DATASET = types.SimpleNamespace(
     item_ids=np.array(["007", "8", "9"], object),
     offsets=np.array([0, 3, 5, 9]),
     items=np.array([0, 1, 2, 2, 1, 0, 0, 2, 1], np.int32),
-    test_position=np.array([2, 1, 3], np.int32),
-    valid_position=np.array([1, 0, 2], np.int32),
+    history_lengths=lambda split: {"test": np.array([2, 1, 3]), "validation": np.array([1, 0, 2])}[split],
 )
 
 
