@@ -49,7 +49,7 @@ clean:
 	$(PIP) -e '.[test]'
 	touch $@ .venv/installed
 
-# The TPU's compiler, for the tests that compile for slices that are not here.
+# The TPU's compiler, Spark, and a peer of the metrics; the browser's tests take Chromium, too.
 .venv/installed-slow: .venv/installed-test
-	$(PIP) -e '.[test,tpu]'
+	$(PIP) -e '.[test,tpu,spark]' ranx
 	touch $@
