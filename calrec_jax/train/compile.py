@@ -119,8 +119,9 @@ def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:
 
     Slices are the outermost axis of the mesh, so only the axes on the left cross the data centre's network.
     """
-    # libtpu asks the cloud what machine this is; there is no answer here.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    # libtpu asks the cloud what machine this is, and lets one process alone have the TPU: there is neither here.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     try:
         slices = {} if num_slices == 1 else {"num_slices": num_slices}
