@@ -43,7 +43,8 @@ LOOPS = """HloModule m
 ENTRY %main (x: f32[4,8], w: f32[8,8]) -> f32[4,8] {
   %x.1 = f32[4,8]{1,0} parameter(0)
   %w.1 = f32[8,8]{1,0} parameter(1)
-  %start = s32[] constant(2)
+  %two = s32[] constant(2)
+  %start = s32[] copy(%two)
   %tuple = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%start, %x.1, %w.1)
   %first = f32[8,8]{1,0} all-gather(%w.1), channel_id=3, dimensions={0}
   %while.1 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) while(%tuple), condition=%condition.1, body=%body.1

@@ -166,6 +166,8 @@ class Program:
         if index is None or start is None or start.opcode != "tuple":
             return 0
         counter = own.get(start.operands[int(index)])
+        while counter is not None and counter.opcode in ("copy", "bitcast", "convert"):
+            counter = own.get(counter.operands[0])
         return int(counter.rest.split(")")[0]) if counter is not None and counter.opcode == "constant" else 0
 
 
