@@ -14,10 +14,10 @@ from ranking_data import completion_rows, make_dataset, write_completions
 from calrec_jax import artifacts
 from calrec_jax.data.prepare import prepare
 from calrec_jax.errors import CalrecError
-from calrec_jax.evaluate.baselines import BASELINES, baseline_sources, source_ranks
+from calrec_jax.evaluate.baselines import BASELINES, baseline_sources
 from calrec_jax.evaluate.bootstrap import holm, paired
 from calrec_jax.evaluate.metrics import TIES, metric_names, per_user_metrics, ranking_metrics
-from calrec_jax.evaluate.places import Targets
+from calrec_jax.evaluate.places import AS_IT_STANDS, Targets, places_of_source
 from calrec_jax.evaluate.run import evaluate, ranking_places
 from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.histories import Histories
@@ -141,6 +141,11 @@ def test_the_table_shows_the_numbers(tmp_path, dataset, run, capsys):
         assert "–".join(f"{bound:.4f}".removeprefix("0") for bound in row["interval"]["ndcg@10"]) in line
 
 
+def ranks_of(source, dataset, histories):
+    """Ranks of the targets as `evaluate` finds them, nothing left out."""
+    return places_of_source(source, Targets(dataset, histories, histories.users)).views[AS_IT_STANDS]
+
+
 def test_ranking_metrics_of_the_written_scores_equal_the_verbs(tmp_path, dataset, rows, run):
     columns = [[row[name] for row in rows] for name in ("texts", "log_probs")]
     scores = written_scores(round_robin_scores(BM25Index(dataset.texts), *columns))
@@ -157,7 +162,7 @@ def test_a_baseline_and_the_ranking_of_the_same_source_agree(tmp_path, dataset, 
     folder = rank(tmp_path / "test-same", dataset, None, source=name)
     places = ranking_places(folder, everybody(dataset))
     ranks, listed = places.ranks, places.listed
-    own = source_ranks(source, histories)
+    own = ranks_of(source, dataset, histories)
     np.testing.assert_array_equal(ranks.n_greater, own.n_greater)
     np.testing.assert_array_equal(ranks.n_equal, own.n_equal)
     assert listed.all() and own.found.all()
@@ -395,6 +400,6 @@ def test_published_baselines_are_reproduced_to_the_fourth_digit(tmp_path):
     assert (len(dataset.user_ids), len(dataset.item_ids), len(dataset.items)) == (8442, 4385, 59427)
     columns = [NAMES.index(name) for name in ("recall@1", "recall@5", "recall@10", "ndcg@10", "recall@50", "mrr")]
     for name, source in baseline_sources(list(PUBLISHED), dataset, histories).items():
-        means = per_user_metrics(source_ranks(source, histories), "mean_rank").mean(axis=0)[columns]
+        means = per_user_metrics(ranks_of(source, dataset, histories), "mean_rank").mean(axis=0)[columns]
         assert " ".join(f"{mean:.4f}" for mean in means) == PUBLISHED[name], name
     assert set(PUBLISHED) <= set(BASELINES)

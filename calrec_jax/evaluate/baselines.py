@@ -1,4 +1,4 @@
-r"""Rankings made from histories alone: what a model has to beat, scored block by block.
+r"""Rankings made from histories alone: what a model has to beat.
 
 Notable: they are sources of `calrec_jax.rank.from_histories`, counted over the histories of the evaluated split. BM25
 is bm25s' default; the "reference" text is what published numbers on the public cuts were made with (present values of
@@ -13,7 +13,6 @@ from typing import Any
 from calrec_jax.baselines import SUFFIXES, split_name
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
-from calrec_jax.evaluate.metrics import TargetRanks, target_ranks
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
 from calrec_jax.rank.histories import Histories
@@ -21,7 +20,6 @@ from calrec_jax.rank.sources import LeftOut, Source
 
 BASELINES = tuple(name + suffix for suffix in SUFFIXES for name in FROM_HISTORIES)
 BM25_TEXTS = ("reference", "title", "ranking")
-_SCORES_A_BLOCK = 2**21
 
 
 def baseline_settings(names: Sequence[str]) -> dict[str, Any]:
@@ -69,18 +67,3 @@ def baseline_sources(
         return from_histories(name, histories, texts, index)
 
     return {name: LeftOut(counted(split_name(name)[0]), histories, split_name(name)[1]) for name in names}
-
-
-def source_ranks(source: Source, histories: Histories) -> TargetRanks:
-    """Ranks of the targets in a source's scores of the whole catalogue, block by block."""
-    everyone = histories.users
-    ranks = TargetRanks.misses(len(histories.targets), histories.num_items)
-    block = max(1, _SCORES_A_BLOCK // histories.num_items)
-    for at in range(0, len(everyone), block):
-        users = everyone[at : at + block]
-        scores = source.scores(users)
-        part = target_ranks(histories.targets[users], scores.primary, scores.secondary)
-        ranks.n_greater[users] = part.n_greater
-        ranks.n_equal[users] = part.n_equal
-        ranks.found[users] = part.found
-    return ranks
