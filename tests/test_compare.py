@@ -13,6 +13,7 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.bootstrap import holm, paired
 from calrec_jax.evaluate.compare import compare, parse_groups
 from calrec_jax.evaluate.run import evaluate
+from calrec_jax.evaluate.side_by_side import common_slices
 from calrec_jax.rank.run import rank
 
 
@@ -121,3 +122,50 @@ def test_the_command_compares_and_says_where(runs, tmp_path, capsys):
     assert artifacts.read_json(tmp_path / "c" / "compare.json")["split"] == "test"
     assert cli.main(["compare", str(root / "a0")]) == 1
     assert "needs two runs" in capsys.readouterr().err
+
+
+def test_slices_are_the_reports_own_and_the_mean_of_seeds(runs, tmp_path):
+    root, _ = runs
+    groups = parse_groups([f"one={root / 'a0'},{root / 'a1'}", f"two={root / 'b0'}"])
+    found = compare(groups, tmp_path, resamples=50)
+    reports = [json.loads((root / name / "report" / "metrics.json").read_text()) for name in ("a0", "a1", "b0")]
+    assert [each["name"] for each in found["slices"]] == [each["name"] for each in reports[0]["slices"]]
+    for place, each in enumerate(found["slices"]):
+        for number, group in enumerate(each["groups"]):
+            a0, a1, b0 = (report["slices"][place]["groups"][number] for report in reports)
+            assert group["users"] == a0["users"]
+            if not a0["users"]:
+                continue
+            seeds = [own["rows"]["calrec"]["metrics"]["ndcg@10"] for own in (a0, a1)]
+            one, two = group["rows"]["one: calrec"], group["rows"]["two: calrec"]
+            assert one["metrics"]["ndcg@10"] == pytest.approx(np.mean(seeds)) and one["interval"] is None
+            assert two == b0["rows"]["calrec"] and group["rows"]["popularity"] == a0["rows"]["popularity"]
+
+
+def test_a_slice_cut_otherwise_in_one_run_is_left_out():
+    def report(users):
+        rows = {"x": {"metrics": {"mrr": 0.5}, "interval": {"mrr": [0.4, 0.6]}}}
+        return {
+            "slices": [
+                {"name": "length", "meaning": "m", "groups": [{"name": "1", "users": users, "rows": rows}]},
+                {"name": "kind", "meaning": "m", "groups": [{"name": "a", "users": 9, "rows": rows}]},
+            ]
+        }
+
+    found = common_slices([report(3), report(4)], [("a: x", [(0, "x")]), ("b: x", [(1, "x")])])
+    assert [each["name"] for each in found] == ["kind"]
+    assert list(found[0]["groups"][0]["rows"]) == ["a: x", "b: x"]
+    assert common_slices([{}], []) == []
+
+
+def test_curves_are_those_of_each_run(runs, tmp_path):
+    root, _ = runs
+    for name in ("a0", "b0"):
+        shutil.copytree(root / name / "report", tmp_path / name / "report")
+    (tmp_path / "b0" / "stage2").mkdir()
+    lines = [{"step": step, "split": "train", "loss": 4 / step} for step in (1, 2)]
+    (tmp_path / "b0" / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compare(parse_groups([str(tmp_path / "a0"), str(tmp_path / "b0")]), tmp_path / "out", resamples=50)
+    [own] = found["training"]
+    assert own["group"] == "b0" and own["stages"][0]["name"] == "stage2"
+    assert own["stages"][0]["metrics"][0]["splits"]["train"]["points"] == [[1, 4.0], [2, 2.0]]

@@ -587,20 +587,20 @@ def test_curves_of_an_interrupted_and_resumed_stage(tmp_path):
         '{"step": 2, "split": "train", "loss": 1.0}\n\n{"step": 3, "split": "train", "loss": NaN, "note": "odd"}\n'
         '{"step": "4", "split": "train", "loss": 9.0}\n[1]\n{"step": 5, "spl'
     )
-    stage = report._read_stage("stage1", tmp_path)
+    stage = report.read_stage("stage1", tmp_path)
     assert stage["metrics"] == [
         {"name": "loss", "splits": {"train": {"points": [[1, 3.0], [2, 1.0]], "best": [2, 1.0]}}}
     ]
     assert stage["skipped_lines"] == 3
     assert stage["tokens_per_second"] is None
-    assert report._read_stage("stage1", file) == stage
+    assert report.read_stage("stage1", file) == stage
 
 
 def test_long_curves_are_means_of_consecutive_points(tmp_path):
     values = np.random.default_rng(0).random(1000)
     lines = [{"step": step + 1, "split": "train", "loss": value} for step, value in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage = report._read_stage("stage1", tmp_path)
+    stage = report.read_stage("stage1", tmp_path)
     curve = stage["metrics"][0]["splits"]["train"]
     assert stage["averaged"] == 4
     assert [step for step, _ in curve["points"]] == list(range(4, 1001, 4))
@@ -612,7 +612,7 @@ def test_long_curves_are_means_of_consecutive_points(tmp_path):
 def test_a_stage_without_curves_says_why(tmp_path, text, reason):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    stage = report._read_stage("stage2", tmp_path)
+    stage = report.read_stage("stage2", tmp_path)
     assert stage["name"] == "stage2" and reason in stage["missing"]
 
 
@@ -721,7 +721,18 @@ def test_a_browser_draws_the_page_of_a_comparison(tmp_path):
     compare(parse_groups([str(tmp_path / "a"), str(tmp_path / "b")]), tmp_path / "out", resamples=100)
     shown, console = rendered(tmp_path / "out" / "compare.html", tmp_path / "profile")
     body = shown[: shown.index('<script type="application/json"')]
-    for fragment in ("b: calrec", "a: theirs", "Differences, user by user", "p, Holm", "The reference.", 'class="bar"'):
+    for fragment in (
+        "b: calrec",
+        "a: theirs",
+        "Differences, user by user",
+        "p, Holm",
+        "The reference.",
+        'class="bar"',
+        "by purchases in the",
+        "stage1",
+        "a, train",
+        "b, train",
+    ):
         assert fragment in body, fragment
     assert "NaN" not in body and "undefined" not in body and console == ""
 

@@ -24,6 +24,7 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate import bootstrap
 from calrec_jax.evaluate.metrics import headline
 from calrec_jax.evaluate.places import AS_IT_STANDS, VIEWS
+from calrec_jax.evaluate.side_by_side import common_slices, curves
 from calrec_jax.layout import RunLayout
 
 KIND = "report"
@@ -134,13 +135,15 @@ def compare(
         ],
         "rows": [row for group in loaded for row in _rows(group, names, draws)] + _baselines(loaded, names),
         "comparisons": _comparisons(loaded, names, draws),
+        "slices": _slices(loaded),
+        "training": _curves(loaded),
         "made_from": {report.run: artifacts.read_manifest(report.folder, kind=KIND)["hash"]
                       for group in loaded for report in group.reports},
     }  # fmt: skip
     out = pathlib.Path(out)
     artifacts.write_json(out / "compare.json", found)
     title = f"{found['dataset']}, {split}: {', '.join(groups)} compared"
-    scripts = ("dom.js", "charts.js", "results.js", "analysis.js", "compare.js")
+    scripts = ("dom.js", "charts.js", "results.js", "analysis.js", "training.js", "compare.js")
     write_page(out / "compare.html", render_page("compare.html", scripts, found["dataset"], title, found))
     return found
 
@@ -255,6 +258,26 @@ def _baselines(groups: Sequence[Group], names: list[str]) -> list[dict[str, Any]
         for name, own in kept.items()
         for run, row in own
     ]  # fmt: skip
+
+
+def _slices(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Slices of the rows of `_rows`, then of the first run's baselines."""
+    reports = [report for group in groups for report in group.reports]
+    index = {id(report): place for place, report in enumerate(reports)}
+    ours = [(f"{group.name}: {name}", [(index[id(report)], name) for report in group.reports])
+            for group in groups for name in _ours(group)]  # fmt: skip
+    baselines = [(row["name"], [(0, row["name"])])
+                 for row in reports[0].metrics["rows"] if row["kind"] in ("baseline", "oracle")]  # fmt: skip
+    return common_slices([report.metrics for report in reports], ours + baselines)
+
+
+def _curves(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    from calrec_jax.evaluate.run import training_of
+
+    return curves(
+        [(group.name, [(report.run, training_of(report.folder.parent)) for report in group.reports])
+         for group in groups]
+    )  # fmt: skip
 
 
 def _comparisons(groups: Sequence[Group], names: list[str], draws: dict[str, Any]) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def write_report(
             "interactions": len(dataset.items),
         },
         "card": dataset.card,
-        "training": [_read_stage(name, Path(path)) for name, path in training.items()],
+        "training": [read_stage(name, Path(path)) for name, path in training.items()],
         "timing": _read_timing(Path(run_dir or Path(out).parent) / "timing.json"),
         "decoding": [made for name, path in completions.items() if (made := _read_decoding(name, Path(path)))],
         "configs": _read_configs({**training, **completions, **rankings}),
@@ -194,7 +194,7 @@ def _records(path: Path) -> Iterator[dict[str, Any] | None]:
             yield record if valid else None
 
 
-def _read_stage(name: str, path: Path) -> dict[str, Any]:
+def read_stage(name: str, path: Path) -> dict[str, Any]:
     """Curves of one training stage. A step that was logged twice (a resumed run) counts once, as logged last."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():

@@ -165,7 +165,7 @@ def evaluate(
         metrics=metrics,
         rankings={**rankings, **others},
         completions=completions,
-        training=_training_of(run_dir) if training is None else training,
+        training=training_of(run_dir) if training is None else training,
         run_dir=run_dir,
         users=shown_users,
         seed=seed,
@@ -291,5 +291,6 @@ def _completions_of(manifests: Mapping[str, dict[str, Any]], run_dir: pathlib.Pa
     }
 
 
-def _training_of(run_dir: pathlib.Path) -> dict[str, pathlib.Path]:
+def training_of(run_dir: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Folders of the stages in a run folder that left curves, by name."""
     return {stage: run_dir / stage for stage in ("stage1", "stage2") if (run_dir / stage / "metrics.jsonl").exists()}

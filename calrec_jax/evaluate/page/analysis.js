@@ -60,12 +60,13 @@ function renderSlices(report) {
       slice.groups.map((group) => [group.name, count(group.users), ...rows.map((row) => {
         const own = group.rows[row.name];
         if (!own) return html("td", {}, "–");
+        if (!own.interval) return html("td", {}, metric(own.metrics[main]));  // the mean of several seeds
         const [low, high] = own.interval[main];
         return html("td", { title: `${metric(low)} to ${metric(high)}` }, metric(own.metrics[main]), html("span", { class: "interval" }, ` ±${metric((high - low) / 2, 3)}`));
       })]));
     replace(body, html("p", { class: "note" }, `${metricLabel(main)} by ${slice.meaning}. ± is half the bootstrap interval.` + (empty.length ? ` Without users here: ${empty.join(", ")}.` : "")), figure, table);
     groupedBars(figure, groups.map((group) => ({ name: group.name, users: group.users, note: `${count(group.users)} ${group.users === 1 ? "user" : "users"}`, bars: rows.filter((row) => row.kind !== "oracle" && group.rows[row.name]).map((row) => ({
-      name: row.name, colour: named[row.name], strong: row.kind !== "baseline", value: group.rows[row.name].metrics[main], interval: group.rows[row.name].interval[main] })) })),
+      name: row.name, colour: named[row.name], strong: row.kind !== "baseline", value: group.rows[row.name].metrics[main], interval: group.rows[row.name].interval && group.rows[row.name].interval[main] })) })),
     `${metricLabel(main)} by ${words(name)}`);
   };
   replace(byId("slice-control"), choice("By", "slice", slices.map((each) => [each.name, SLICE_NAMES[each.name] || sentence(each.name)]), slices[0].name, show, false));

@@ -19,6 +19,37 @@ function renderComparedTable(view) {
   replace(byId("results-note"), document.createTextNode(`${VIEW_NAMES[view][1]} ${seeds ? "Several seeds: the mean, ± the standard deviation over runs. " : ""}Whiskers below: ${level} bootstrap over users${seeds ? ", whose rows of all seeds stay together" : ""}, as the rankings stand.`));
 }
 
+// One plot a stage and metric, a line a run: validation where there is some, else training.
+function renderComparedTraining() {
+  const body = byId("training-body");
+  const runs = compared.training;
+  if (!runs.length) { replace(body, notice("No training run belongs to these reports.")); return; }
+  const groups = [...new Set(runs.map((each) => each.group))];
+  const alone = (group) => runs.filter((each) => each.group === group).length === 1;
+  const names = [...new Set(runs.flatMap((each) => each.stages.map((stage) => stage.name)))];
+  const blocks = names.map((name) => {
+    const own = runs.flatMap((each) => each.stages.filter((stage) => stage.name === name && !stage.missing).map((stage) => ({ ...each, stage })));
+    const metrics = [...new Set(own.flatMap((each) => each.stage.metrics.map((one) => one.name)))];
+    const grid = html("div", { class: "grid-3" });
+    for (const key of metrics) {
+      const series = own.flatMap((each) => {
+        const found = each.stage.metrics.find((one) => one.name === key);
+        if (!found) return [];
+        const split = found.splits.validation ? "validation" : Object.keys(found.splits)[0];
+        const place = groups.indexOf(each.group);
+        return [{ name: `${alone(each.group) ? each.group : `${each.group} (${each.run})`}, ${split}`, points: found.splits[split].points, colour: `calrec-${(place % 4) + 1}`, dash: DASHES[Math.floor(place / 4) % DASHES.length] }];
+      });
+      const figure = html("figure", {}, html("h3", {}, metricName(key)));
+      grid.append(figure);
+      linePlot(figure, { series, height: 170, xName: "Step", xFormat: (value) => count(Math.round(value)), yFormat: isRankingMetric(key) ? metric : quantity, tickFormat: isRankingMetric(key) ? metricTick : quantity,
+        description: `${metricName(key)} of ${name} over steps: ` + series.map((line) => `${line.name} from ${quantity(line.points[0][1])} to ${quantity(line.points[line.points.length - 1][1])}`).join("; ") });
+    }
+    const missing = runs.filter((each) => !own.some((one) => one.run === each.run)).map((each) => each.run);
+    return [html("div", { class: "subhead" }, html("h3", {}, name), missing.length ? html("p", { class: "note" }, `Without curves of this stage: ${missing.join(", ")}.`) : null), grid];
+  });
+  replace(body, blocks);
+}
+
 function renderRuns() {
   const diff = (lines) => (lines.length ? html("pre", { tabindex: 0 }, lines.join("\n")) : html("p", { class: "note" }, "No line differs."));
   replace(byId("runs-body"), html("p", { class: "note" }, "The lines in which the operative gin configs of the reports differ: − those of the one before, + those of this one."),
@@ -35,4 +66,6 @@ renderComparedTable("as_it_stands");
 renderIntervals(comparedRows, colours(comparedRows));
 renderCutoffs(comparedRows, colours(comparedRows));
 renderComparisons({ metrics: compared });
+renderSlices({ metrics: compared });
+renderComparedTraining();
 renderRuns();
