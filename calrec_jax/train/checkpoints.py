@@ -6,7 +6,6 @@ template, tokenizer and dataset hashes) and, when the stage is done, `manifest.j
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -116,7 +115,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
 
 def write_facts(stage: Path, config: TransformerConfig, facts: dict[str, Any]) -> None:
     """Writes what a later step must know before it reads the arrays."""
-    artifacts.write_json(stage / FACTS_FILE, {"model": dataclasses.asdict(config), **facts})
+    artifacts.write_json(stage / FACTS_FILE, {"model": config.described(), **facts})
 
 
 def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -129,11 +128,10 @@ def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
     if not path.is_file():
         raise CalrecError(f"{stage}: no trained stage there ({FACTS_FILE} is missing); run `calrec train` first")
     facts = artifacts.read_json(path)
-    sizes = facts.pop("model", None)
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if not isinstance(sizes, dict) or set(sizes) != names:
+    config = TransformerConfig.from_described(facts.pop("model", None))
+    if config is None:
         raise CalrecError(f"{path}: its model settings are not this version's; train the stage again")
-    return TransformerConfig(**sizes), facts
+    return config, facts
 
 
 def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[TransformerConfig, Any, dict[str, Any]]:

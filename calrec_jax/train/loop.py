@@ -59,7 +59,9 @@ class _Plan:
 
     def settings(self) -> dict[str, Any]:
         """As the manifest keeps them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "model": self.model.described()
+        }
 
     def stops(self, since_best: int) -> bool:
         """Whether patience has run out."""
