@@ -35,12 +35,14 @@ _AGAIN = "Delete the folder and run `calrec vocab` again."
 _log = logging.getLogger(__name__)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def lone_surrogates(texts: Iterable[str]) -> CalrecError | None:
+    """The error that names a text which is no Unicode, if there is one."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return CalrecError(f"Text {text[:80]!r} has a lone surrogate, which is no Unicode text.")
+    return None
 
 
 class Tokenizer:
@@ -112,10 +114,7 @@ class Tokenizer:
         try:
             encoded = self._processor.encode([text.replace(_SPACE, "") for text in texts])
         except (TypeError, UnicodeEncodeError) as error:  # SentencePiece's versions differ
-            broken = [text for text in texts if not _is_unicode(text)]
-            if not broken:
-                raise
-            raise CalrecError(f"Text {broken[0][:80]!r} has a lone surrogate, which is no Unicode text.") from error
+            raise (lone_surrogates(texts) or error) from error
         for row, text in enumerate(texts):
             if _SPACE in text:
                 parts = self._processor.encode(text.split(_SPACE))
@@ -155,13 +154,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads a tokenizer folder.
+        """Reads a tokenizer folder, of the house or imported with a model.
 
         Raises:
           CalrecError: if the folder is not a complete tokenizer or its model was changed.
         """
         folder = Path(folder)
         manifest = artifacts.read_manifest(folder, kind="tokenizer")
+        if "file" in manifest["settings"]:
+            from calrec_jax.pretrained import tokenizer as imported
+
+            return imported.load(folder, manifest)
         try:
             tokenizer = cls((folder / MODEL_FILE).read_bytes())
         except OSError as error:
