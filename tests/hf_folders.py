@@ -193,7 +193,7 @@ def _byte_level(family: str) -> tuple[tokenizers.Tokenizer, dict]:
         tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
         return tokenizer, {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
-    begin = {"content": "<|begin_of_text|>", "special": True}
+    begin = {"__type": "AddedToken", "content": "<|begin_of_text|>", "special": True}
     return tokenizer, {"bos_token": begin, "eos_token": "<|end_of_text|>"}
 
 

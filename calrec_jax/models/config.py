@@ -173,18 +173,35 @@ class TransformerConfig:
         return tuple(kinds[i % len(kinds)] == "local" for i in range(self.num_layers))
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be restored: all that shapes parameters or the function they compute."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _RUNTIME}
+        """What a checkpoint must agree on to be restored: all that shapes parameters or the function they compute.
+
+        A setting that is None because it follows from another has its value here.
+        """
+        followed = {
+            "head_dim": self.head_width,
+            "query_pre_attention_scalar": self.query_pre_attention_scalar or self.head_width,
+            "local_rope_base": self.local_rope_base or self.rope_base,
+        }
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _RUNTIME} | followed
 
     def described(self) -> dict[str, Any]:
         """All settings as artefacts keep them: those that came later only where they are not at their default."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        defaults = self.defaults()
         return {k: v for k, v in dataclasses.asdict(self).items() if k in _FIRST or v != defaults[k]}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Each setting's default, whatever gin has bound."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def of(cls, **settings: Any) -> TransformerConfig:
+        """These settings, and the defaults for the others, whatever gin has bound."""
+        return cls(**{**cls.defaults(), **settings})
 
     @classmethod
     def from_described(cls, values: Any) -> TransformerConfig | None:
         """The inverse of `described`; None where `values` are not such settings."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or not {*_FIRST} <= {*values} <= names:
+        if not isinstance(values, dict) or not {*_FIRST} <= {*values} <= {*cls.defaults()}:
             return None
-        return cls(**values)
+        return cls.of(**values)

@@ -151,7 +151,7 @@ def from_hf(config: Json, where: str) -> Described:
     settings |= _layers(fields, family, sizes["num_layers"])
     settings |= _rope(fields, "local" in settings["attention_pattern"])
     try:
-        made = TransformerConfig(**settings)
+        made = TransformerConfig.of(**settings)
     except CalrecError as error:
         raise CalrecError(f"{where}: {error}") from error
     return Described(family, made, fields.integer("vocab_size"), text)
@@ -332,7 +332,8 @@ def to_hf(config: TransformerConfig, vocab_size: int, family: Family) -> dict[st
         "max_position_embeddings": c.rope_original_length * max(1, round(c.rope_factor)),
     }
     if "query_pre_attn_scalar" in family.defaults:
-        out["query_pre_attn_scalar"] = c.query_pre_attention_scalar or c.head_width
+        scalar = c.query_pre_attention_scalar or c.head_width
+        out["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar  # transformers 5 wants a whole one
         out["attn_logit_softcapping"], out["final_logit_softcapping"] = c.attention_soft_cap, c.logit_soft_cap
     if "rope_local_base_freq" in family.defaults:
         out["rope_local_base_freq"] = c.local_rope_base or c.rope_base

@@ -169,10 +169,10 @@ def _write(
 def gin_text(config: TransformerConfig, title: str) -> str:
     """A gin file that gives these settings, without those that only say how a model is run."""
     runtime = {*dataclasses.asdict(config)} - {*config.settings()}
-    defaults = TransformerConfig()
+    defaults = TransformerConfig.defaults()
     lines = [f"# {title}.", "TransformerConfig:"]
     for name, value in dataclasses.asdict(config).items():
         always = name in ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        if name not in runtime and (always or value != getattr(defaults, name)):
+        if name not in runtime and (always or value != defaults[name]):
             lines.append(f"  {name} = {value!r}")
     return "\n".join(lines) + "\n"
