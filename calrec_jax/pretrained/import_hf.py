@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
@@ -64,7 +64,7 @@ def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | N
         facts = _facts(folder, described, tokenizer, tensors.dtypes([n for leaf in wanted for n in leaf.names(prefix)]))
         with artifacts.atomic_folder(out) as temporary:
             params = load_parameters(tensors, wanted, prefix, described, mesh_shape)
-            _write(temporary, out, params, described, facts, made_from)
+            _write(temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from)
             tokenizer.write(temporary / TOKENIZER_FOLDER)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"import_hf: {described.family.title}, {count:,} parameters → {out}")
@@ -156,13 +156,13 @@ def _facts(
 
 
 def _write(
-    temporary: Path, out: Path, params: Any, described: Described, facts: dict[str, Any], made_from: dict[str, str]
+    temporary: Path, title: str, params: Any, described: Described, facts: dict[str, Any], made_from: dict[str, str]
 ) -> None:
     ckpt.write_facts(temporary, described.config, facts)
     with ckpt.manager(temporary) as checkpoints:
         ckpt.save(checkpoints, 0, {"params": params}, None)
         checkpoints.wait_until_finished()
-    (temporary / GIN_FILE).write_text(gin_text(described.config, f"{described.family.title}, as in {out}"), "utf-8")
+    (temporary / GIN_FILE).write_text(gin_text(described.config, title), "utf-8")
     artifacts.write_manifest(temporary, kind="checkpoint", made_from=made_from, settings={}, **facts)
 
 
