@@ -102,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return _synth(arguments)
     if arguments.verb == "compare":
         return _compare(arguments)
+    if arguments.verb in ("import_hf", "export_hf"):
+        return _hugging_face(arguments)
     if arguments.verb == "quickstart":
         from calrec_jax import quickstart
 
@@ -219,6 +221,31 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(f"Made:\n  {out / 'compare.html'}\n  {out / 'compare.json'}")
 
 
+def _hugging_face(arguments: argparse.Namespace) -> None:
+    from calrec_jax import artifacts
+
+    out = os.path.expanduser(arguments.out)
+    with artifacts.disk_errors(out):
+        if arguments.verb == "import_hf":
+            from calrec_jax.pretrained.import_hf import import_hf
+
+            import_hf(os.path.expanduser(arguments.source), out, arguments.mesh_shape)
+            return
+        from calrec_jax.pretrained.export_hf import export_hf
+
+        export_hf(
+            os.path.expanduser(arguments.source),
+            out,
+            tokenizer=arguments.tokenizer,
+            dtype=arguments.dtype,
+            max_shard_gib=arguments.max_shard_gib,
+        )
+
+
+def _mesh_shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
 def _eval_tasks(line: Line, arguments: argparse.Namespace) -> None:
     line.eval_tasks(arguments.name)
 
@@ -269,6 +296,7 @@ class _Verb:
         self, call: Callable[[Line, argparse.Namespace], None] | None, purpose: str, example: str, **options: dict
     ):
         self.call, self.purpose, self.example, self.options = call, purpose, f"calrec {example}", options
+        self.source: tuple[str, str] | None = options.pop("source", None)  # name and help of an argument without a flag
 
 
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"
@@ -383,6 +411,28 @@ _VERBS = {
         seed={"type": int, "default": 0, "help": "the same seed gives the same bytes (default 0)"},
         out={"required": True, "metavar": "DIR", "help": "the folder to write into"},
     ),
+    "import_hf": _Verb(
+        None,
+        "a Hugging Face folder → checkpoint, gin file and tokenizer to train from",
+        "import_hf models/gemma-3-270m --out=models/gemma3_270m",
+        source=("DIR", "with config.json, *.safetensors and tokenizer.json or tokenizer.model"),
+        out={"required": True, "metavar": "DIR", "help": "the folder to write into"},
+        mesh_shape={
+            "type": _mesh_shape,
+            "metavar": "R,D,F,M",
+            "help": "sizes of the mesh (replica, data, fsdp, model) that the parameters are laid over; all on fsdp",
+        },
+    ),
+    "export_hf": _Verb(
+        None,
+        "a checkpoint → a Hugging Face folder",
+        "export_hf runs/toys/stage2 --out=exported",
+        source=("CHECKPOINT", "folder of a stage, or what import_hf wrote"),
+        out={"required": True, "metavar": "DIR", "help": "the folder to write into"},
+        tokenizer={"metavar": "DIR", "help": "in place of the tokenizer folder in or beside the checkpoint's"},
+        dtype={"choices": ("float32", "bfloat16", "float16"), "help": "of the tensors; default: as they were imported"},
+        max_shard_gib={"type": float, "default": 5.0, "metavar": "GIB", "help": "largest file (default 5)"},
+    ),
     "quickstart": _Verb(_quickstart, "the line on a small synthetic shop, in minutes", "quickstart", split=_SPLIT),
 }
 
@@ -421,6 +471,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if verb.source:
+            one.add_argument("source", metavar=verb.source[0], help=verb.source[1])
         if name == "compare":
             one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or NAME=RUN,RUN,… for several seeds")
         elif verb.call is not None:

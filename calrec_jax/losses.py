@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from calrec_jax.errors import CalrecError
+from calrec_jax.models.attention import soft_capped
 from calrec_jax.models.towers import mean_pool, unit
 
 DIRECTIONS = ("item_to_context", "context_to_item", "symmetric")
@@ -85,9 +86,14 @@ def _columns(array: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_token_loss(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+    hidden: jax.Array,
+    embedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Σ weight · −log softmax(hidden · embeddingᵀ)[target].
 
@@ -97,6 +103,7 @@ def weighted_token_loss(
       targets: [B, L] int32.
       weights: [B, L] float32, at least 0; places of weight 0 cost nothing.
       chunk: columns at once.
+      soft_cap: of the logits, which become cap · tanh(logit / cap).
 
     Returns:
       Scalar float32. Differentiable in `hidden` and `embedding`.
@@ -106,13 +113,14 @@ def weighted_token_loss(
     def body(index, total):
         h = jnp.take_along_axis(hidden, _columns(order, index, chunk)[..., None], axis=1)
         logits = jnp.einsum("bcd,vd->bcv", h, embedding.astype(h.dtype), preferred_element_type=jnp.float32)
+        logits = soft_capped(logits, soft_cap)
         picked = jnp.take_along_axis(logits, _columns(taken_targets, index, chunk)[..., None], axis=-1)[..., 0]
         return total + jnp.sum(_columns(taken_weights, index, chunk) * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
     return jax.lax.fori_loop(0, chunks, body, jnp.zeros((), jnp.float32))
 
 
-def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
+def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk, soft_cap):
     order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
     table = embedding.astype(hidden.dtype)
     turned = table.T
@@ -127,18 +135,20 @@ def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
         # [V, places]: in this orientation all three products read their operands as they lie; the other one copies a
         # transposed [places, V] for the table's gradient, which took as long as the products themselves on CPU.
         logits = jnp.einsum("vd,nd->vn", table, h2, preferred_element_type=jnp.float32)
+        logits = soft_capped(logits, soft_cap)
         top = logits.max(0)
         shifted = jnp.exp(logits - top)  # once: the normaliser and the gradient both need it
         normaliser = shifted.sum(0)
         rows = jnp.take(table, target, axis=0).astype(jnp.float32)  # as rounded as the logits are
-        picked = jnp.sum(h2.astype(jnp.float32) * rows, axis=-1)
+        picked = soft_capped(jnp.sum(h2.astype(jnp.float32) * rows, axis=-1), soft_cap)
         total += jnp.sum(weight * (jnp.log(normaliser) + top - picked))
-        d_logits = (shifted * (weight / normaliser)).astype(h.dtype)
+        d_logits = (shifted * (weight / normaliser) * _cap_slope(logits, soft_cap)).astype(h.dtype)
+        d_picked = weight * _cap_slope(picked, soft_cap)
         # The −1 at the target is applied as rows of the table and of h: no one-hot of width V.
         d_h = jnp.einsum("dv,vn->dn", turned, d_logits, preferred_element_type=jnp.float32).T
-        d_h -= weight[:, None] * rows
+        d_h -= d_picked[:, None] * rows
         d_embedding += jnp.einsum("vn,nd->vd", d_logits, h2, preferred_element_type=jnp.float32)
-        d_embedding = d_embedding.at[target].add(-weight[:, None] * h2.astype(jnp.float32))
+        d_embedding = d_embedding.at[target].add(-d_picked[:, None] * h2.astype(jnp.float32))
         d_taken = jax.lax.dynamic_update_slice_in_dim(d_taken, d_h.reshape(h.shape), index * chunk, axis=1)
         return total, d_taken, d_embedding
 
@@ -154,7 +164,12 @@ def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk):
     return total, (d_hidden, d_embedding)
 
 
-def _weighted_token_loss_backward(chunk, residual, cotangent):
+def _cap_slope(capped: jax.Array, cap: float | None) -> jax.Array | float:
+    """The slope of cap · tanh(x / cap), from its value."""
+    return 1.0 if cap is None else 1 - jnp.square(capped / cap)
+
+
+def _weighted_token_loss_backward(chunk, soft_cap, residual, cotangent):
     d_hidden, d_embedding = residual
     return (cotangent * d_hidden).astype(d_hidden.dtype), cotangent * d_embedding, None, None
 
@@ -271,21 +286,25 @@ def contrastive_loss(pooled: Pooled, batch: Batch, config: LossConfig) -> tuple[
     )
 
 
-def calrec_loss(hidden: jax.Array, embedding: jax.Array, batch: Batch, config: LossConfig) -> tuple[jax.Array, Metrics]:
+def calrec_loss(
+    hidden: jax.Array, embedding: jax.Array, batch: Batch, config: LossConfig, soft_cap: float | None = None
+) -> tuple[jax.Array, Metrics]:
     """The whole objective over one packed batch.
 
     Args:
       hidden: [B, L, D] of `Transformer.activations`.
-      embedding: [V, D] tied embedding.
+      embedding: [V, D] table of the logits; see `transformer.vocabulary_table`.
       batch: the batch contract of docs/architecture.md.
       config: weights and choices.
+      soft_cap: of the logits; the model's.
 
     Returns:
       (scalar loss, metrics as pairs of float32 sums "<name>" and "<name>_weight", to be divided only when reported).
     """
     weights = generation_weights(batch, config)
     weight_sum = jnp.sum(weights)
-    generation = weighted_token_loss(hidden, embedding, batch["decoder_target_tokens"], weights, config.chunk)
+    targets = batch["decoder_target_tokens"]
+    generation = weighted_token_loss(hidden, embedding, targets, weights, config.chunk, soft_cap)
     contrastive, metrics = contrastive_loss(pooled_towers(hidden, batch), batch, config)
     loss = config.generation * mean_of(generation, weight_sum) + contrastive
     return loss, metrics | loss_metrics(loss, generation, weight_sum)

@@ -65,6 +65,8 @@ class Line:
         A name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of
         the history left out; the model is trained once.
       split: "validation" or "test"; what is decoded, ranked and evaluated.
+      init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run. Its
+        tokenizer is the run's, too; none is trained.
     """
 
     run_dir: str
@@ -79,6 +81,7 @@ class Line:
     rankings: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: {"calrec": "sample"})
     baselines: tuple[str, ...] = ()
     split: str = "test"
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -112,6 +115,10 @@ class Line:
     def _data_dir(self) -> str:
         return os.path.expanduser(self.data_dir) if self.data_dir is not None else str(self.layout.raw)
 
+    @property
+    def _init_from(self) -> pathlib.Path | None:
+        return pathlib.Path(self.init_from).expanduser() if self.init_from is not None else None
+
     def check(self, config: Config) -> None:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
         models = [split_name(name)[0] for name in self.baselines]
@@ -140,10 +147,15 @@ class Line:
             print(*(f"  {line}" for line in summary(dataset.card)), sep="\n", flush=True)
 
     def vocab(self) -> None:
-        """Trains the tokenizer on the catalogues of all categories."""
+        """Trains the tokenizer on the catalogues of all categories, or takes that of `init_from`."""
         from calrec_jax.data.templates import Template
-        from calrec_jax.tokenizer import make_tokenizer
+        from calrec_jax.tokenizer import adopt_tokenizer, make_tokenizer
 
+        if self._init_from is not None:
+            with self.step("vocab", self.layout.tokenizer):
+                adopt_tokenizer(self.layout.tokenizer, self._init_from)
+                print(f"vocab: the tokenizer of {self._init_from}; vocab.* settings are not used")
+            return
         with self.step("vocab", self.layout.tokenizer):
             make_tokenizer(self.layout.tokenizer, self._datasets(self.all_categories), Template())
 
@@ -163,7 +175,7 @@ class Line:
                 out,
                 self._datasets(names),
                 self._tokenizer(),
-                init_from=self.layout.stage(before[-1]) if before else None,
+                init_from=self.layout.stage(before[-1]) if before else self._init_from,
             )
 
     def decode(self, name: str) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,14 @@ _AGAIN = "Delete the folder and run `calrec vocab` again."
 _log = logging.getLogger(__name__)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def lone_surrogates(texts: Iterable[str]) -> CalrecError | None:
+    """The error that names a text which is no Unicode, if there is one."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return CalrecError(f"Text {text[:80]!r} has a lone surrogate, which is no Unicode text.")
+    return None
 
 
 class Tokenizer:
@@ -112,10 +115,7 @@ class Tokenizer:
         try:
             encoded = self._processor.encode([text.replace(_SPACE, "") for text in texts])
         except (TypeError, UnicodeEncodeError) as error:  # SentencePiece's versions differ
-            broken = [text for text in texts if not _is_unicode(text)]
-            if not broken:
-                raise
-            raise CalrecError(f"Text {broken[0][:80]!r} has a lone surrogate, which is no Unicode text.") from error
+            raise (lone_surrogates(texts) or error) from error
         for row, text in enumerate(texts):
             if _SPACE in text:
                 parts = self._processor.encode(text.split(_SPACE))
@@ -155,13 +155,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads a tokenizer folder.
+        """Reads a tokenizer folder, of the house or imported with a model.
 
         Raises:
           CalrecError: if the folder is not a complete tokenizer or its model was changed.
         """
         folder = Path(folder)
         manifest = artifacts.read_manifest(folder, kind="tokenizer")
+        if "file" in manifest["settings"]:
+            from calrec_jax.pretrained import tokenizer as imported
+
+            return imported.load(folder, manifest)
         try:
             tokenizer = cls((folder / MODEL_FILE).read_bytes())
         except OSError as error:
@@ -325,3 +329,32 @@ def make_tokenizer(
         whole_sentences_left_out=len(shared) - len(kept),
     )
     return tokenizer
+
+
+def adopt_tokenizer(out: str | Path, checkpoint: str | Path) -> None:
+    """Copies the tokenizer of a checkpoint into a run folder, or sees that it is there already.
+
+    Args:
+      out: the run's tokenizer folder.
+      checkpoint: a folder that `calrec import_hf` wrote, which has its tokenizer inside, or a stage of a run, which has
+        it beside.
+
+    Raises:
+      CalrecError: there is no tokenizer, or `out` holds another one.
+    """
+    out, checkpoint = Path(out), Path(checkpoint)
+    candidates = (checkpoint / "tokenizer", checkpoint.parent / "tokenizer")
+    source = next((folder for folder in candidates if (folder / artifacts.MANIFEST).exists()), None)
+    if source is None:
+        raise CalrecError(f"run.init_from={checkpoint}: there is no tokenizer in or beside it; import the model again")
+    tokenizer = Tokenizer.load(source)
+    if (out / artifacts.MANIFEST).exists():
+        there = Tokenizer.load(out)
+        if there.fingerprint != tokenizer.fingerprint:
+            raise CalrecError(
+                f"{out}: holds another tokenizer ({there.fingerprint[:8]}) than run.init_from={checkpoint} "
+                f"({tokenizer.fingerprint[:8]}); choose another --run_dir, or delete it and what was made with it"
+            )
+        return
+    with artifacts.atomic_folder(out) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -211,6 +211,8 @@ def history_budget(facts: dict[str, Any], catalogue: TokenCatalogue) -> int:
 
 def _check_inputs(checkpoint: Path, facts: dict[str, Any], dataset: Dataset, tokenizer: Tokenizer) -> None:
     """Tokenizer and template must be the checkpoint's; a catalogue it has never seen is welcome."""
+    if "template" not in facts:
+        raise CalrecError(f"{checkpoint}: was imported and not trained yet; name it in run.init_from and train a stage")
     if facts["tokenizer"] != tokenizer.fingerprint:
         raise CalrecError(
             f"{checkpoint}: was trained with another tokenizer ({facts['tokenizer'][:8]}, and this one is "

@@ -7,27 +7,61 @@ prefix's keys and values beside their own suffix. Softmax is in float32. `xla` i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+if TYPE_CHECKING:
+    from calrec_jax.models.config import TransformerConfig
+
 NEGATIVE = -1e30  # finite: a row that is all padding stays free of NaN
 
 
-def rope_angles(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+class RopeScaling(NamedTuple):
+    """How frequencies are scaled for texts longer than a model was first trained on; see `TransformerConfig`."""
+
+    kind: str
+    factor: float
+    low: float
+    high: float
+    original_length: int
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> RopeScaling | None:
+        """What the settings of a model say; None where nothing is scaled."""
+        c = config
+        if c.rope_scaling == "none":
+            return None
+        return cls(c.rope_scaling, c.rope_factor, c.rope_low_frequency, c.rope_high_frequency, c.rope_original_length)
+
+    def __call__(self, frequency: jax.Array) -> jax.Array:
+        """Scales frequencies [C/2] in radians a token."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = self.original_length * frequency / (2 * np.pi)  # of the original length
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return kept * frequency + (1 - kept) * frequency / self.factor
+
+
+def rope_angles(
+    positions: jax.Array, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Sine and cosine of rotary position embedding (Su et al., 2021, eq. 15), half-split layout.
 
     Args:
       positions: [...] int32.
       head_dim: C, even.
       base: wavelength base, e.g. 10,000.
+      scaling: of the frequencies, or None.
 
     Returns:
       (sin, cos), each [..., C] float32: the C/2 angles, twice.
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        frequency = scaling(frequency)
     angle = positions.astype(jnp.float32)[..., None] * jnp.tile(frequency, 2)
     return jnp.sin(angle), jnp.cos(angle)
 
@@ -46,13 +80,26 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return x * cos + (x @ half_turn) * sin
 
 
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap · tanh(x / cap) (Gemma 2, section 2); `x` where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def packed_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, block: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    block: int,
+    *,
+    window: int | None = None,
+    local: bool | jax.Array = False,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Causal attention inside each segment of packed rows.
 
     Queries go in blocks of `block` places, each against the keys up to its own end, so that about half of the causal
-    square is never computed.
+    square is never computed; nor are keys before the window of a whole block, where it is known to be local.
 
     Args:
       query: [B, L, H, C], scaled already.
@@ -60,6 +107,9 @@ def packed_attention(
       value: [B, L, G, C].
       segment_ids: [B, L] int32; 0 is padding, whose outputs mean nothing.
       block: query places a block; L need not divide by it.
+      window: places that a local layer attends to, its own among them. A segment's places follow each other.
+      local: whether it is one; a scalar of the device where layers of both kinds are scanned.
+      soft_cap: of the scores.
 
     Returns:
       [B, L, H, C].
@@ -70,17 +120,24 @@ def packed_attention(
     outputs = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
-        place = jnp.arange(begin, end)
-        mask = (segment_ids[:, begin:end, None] == segment_ids[:, None, :end]) & (
-            place[:, None] >= jnp.arange(end)[None, :]
-        )
+        first = first_key(begin, window if local is True else None)
+        lag = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
+        near = lag >= 0
+        if local is not False:
+            near &= (lag < window) | ~jnp.asarray(local)
+        mask = (segment_ids[:, begin:end, None] == segment_ids[:, None, first:end]) & near
         scores = jnp.einsum(
-            "blghc,bsgc->bghls", grouped[:, begin:end], key[:, :end], preferred_element_type=jnp.float32
+            "blghc,bsgc->bghls", grouped[:, begin:end], key[:, first:end], preferred_element_type=jnp.float32
         )
-        scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
+        scores = jnp.where(mask[:, None, None], soft_capped(scores, soft_cap), NEGATIVE)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        outputs.append(jnp.einsum("bghls,bsgc->blghc", weights, value[:, :end]))
+        outputs.append(jnp.einsum("bghls,bsgc->blghc", weights, value[:, first:end]))
     return jnp.concatenate(outputs, axis=1).reshape(batch, length, heads, width)
+
+
+def first_key(begin: int, window: int | None) -> int:
+    """The first place that a block of queries from place `begin` on attends to, with a window known beforehand."""
+    return 0 if window is None else max(0, begin + 1 - window)
 
 
 def decoding_layout(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +161,42 @@ class Cells(NamedTuple):
     cell_of: jax.Array
 
 
+def local_masks(
+    prefix_mask: jax.Array,
+    suffix_mask: jax.Array,
+    positions: jax.Array,
+    at: jax.Array | None,
+    places: int,
+    cells: Cells | None,
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The two masks of `shared_prefix_attention` in a local layer; the arguments are those of `Transformer.decode`.
+
+    Args:
+      prefix_mask: [B, L] bool.
+      suffix_mask: [R, Q, T] bool, or what broadcasts to it.
+      positions: [R, Q] int32.
+      at: where the tokens at hand stand in the suffix; None: behind it.
+      places: T, those of the tokens at hand among them.
+      cells: which samples the rows are.
+      window: places that are attended to.
+
+    Returns:
+      [B, N, Q, L] bool and [R, Q, T] bool.
+    """
+    users, (rows, tokens) = len(prefix_mask), positions.shape
+    by_user = positions.reshape(users, -1, tokens) if cells is None else positions[cells.row_of]
+    near = by_user[..., None] - jnp.arange(prefix_mask.shape[1]) < window
+    place, own = jnp.arange(places), jnp.arange(tokens)[:, None]
+    if at is not None:
+        lag = jnp.broadcast_to((at + own - place) % places, (rows, tokens, places))
+    else:
+        user = jnp.repeat(jnp.arange(users), rows // users) if cells is None else cells.cell_of // by_user.shape[1]
+        before = positions[:, :, None] - prefix_mask.sum(-1)[user][:, None, None] - place
+        lag = jnp.where(place < places - tokens, before, own - (place - (places - tokens)))
+    return prefix_mask[:, None, None] & near, suffix_mask & (lag < window)
+
+
 def shared_prefix_attention(
     query: jax.Array,
     prefix: tuple[jax.Array, jax.Array],
@@ -111,6 +204,7 @@ def shared_prefix_attention(
     suffix: tuple[jax.Array, jax.Array],
     suffix_mask: jax.Array,
     cells: Cells | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Q tokens of each of R rows, samples of B users, over their user's one prefix and each row's own suffix.
 
@@ -119,10 +213,11 @@ def shared_prefix_attention(
     Args:
       query: [R, Q, H, C], scaled already.
       prefix: keys [B, G, C, L] and values [B, G, L, C], see `decoding_layout`.
-      prefix_mask: [B, L] bool, real places.
+      prefix_mask: [B, L] bool, real places; or [B, N, Q, L], those that each token attends to.
       suffix: keys and values [R, G, T, C].
       suffix_mask: [R, Q, T] bool, or what broadcasts to it: the places that a token attends to.
       cells: None where the rows are the users' samples, user by user.
+      soft_cap: of the scores.
 
     Returns:
       [R, Q, H, C].
@@ -135,9 +230,9 @@ def shared_prefix_attention(
     # Samples, places and heads of a group are one matrix.
     shared = jnp.moveaxis(by_user, 3, 1).reshape(batch, groups, -1, width)
     before = jnp.einsum("bgqc,bgcl->bgql", shared, prefix[0], preferred_element_type=jnp.float32)
-    before = jnp.where(prefix_mask[:, None, None, :], before, NEGATIVE)
+    before = jnp.where(_by_query(prefix_mask, heads // groups), soft_capped(before, soft_cap), NEGATIVE)
     own = jnp.einsum("rqgmc,rgtc->rqgmt", grouped, suffix[0], preferred_element_type=jnp.float32)
-    own = jnp.where(suffix_mask[:, :, None, None, :], own, NEGATIVE)
+    own = jnp.where(suffix_mask[:, :, None, None, :], soft_capped(own, soft_cap), NEGATIVE)
 
     def by_row(x: jax.Array) -> jax.Array:
         """[B, G, N·Q·H/G, X] → [R, Q, G, H/G, X]."""
@@ -157,3 +252,11 @@ def shared_prefix_attention(
     total = scale_before * by_row(before.sum(-1, keepdims=True)) + scale_own * own.sum(-1, keepdims=True)
     mixed = (mixed_before * scale_before + mixed_own * scale_own) / total
     return mixed.astype(dtype).reshape(rows, places, heads, width)
+
+
+def _by_query(prefix_mask: jax.Array, heads: int) -> jax.Array:
+    """[B, L] → [B, 1, 1, L]; [B, N, Q, L] → [B, 1, N·Q·heads, L], as `shared_prefix_attention` lays its queries out."""
+    if prefix_mask.ndim == 2:
+        return prefix_mask[:, None, None, :]
+    users, length = len(prefix_mask), prefix_mask.shape[-1]
+    return jnp.repeat(prefix_mask.reshape(users, -1, length), heads, axis=1)[:, None]

@@ -6,7 +6,6 @@ template, tokenizer and dataset hashes) and, when the stage is done, `manifest.j
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -116,7 +115,7 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> Any:
 
 def write_facts(stage: Path, config: TransformerConfig, facts: dict[str, Any]) -> None:
     """Writes what a later step must know before it reads the arrays."""
-    artifacts.write_json(stage / FACTS_FILE, {"model": dataclasses.asdict(config), **facts})
+    artifacts.write_json(stage / FACTS_FILE, {"model": config.described(), **facts})
 
 
 def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -129,19 +128,21 @@ def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
     if not path.is_file():
         raise CalrecError(f"{stage}: no trained stage there ({FACTS_FILE} is missing); run `calrec train` first")
     facts = artifacts.read_json(path)
-    sizes = facts.pop("model", None)
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if not isinstance(sizes, dict) or set(sizes) != names:
+    config = TransformerConfig.from_described(facts.pop("model", None))
+    if config is None:
         raise CalrecError(f"{path}: its model settings are not this version's; train the stage again")
-    return TransformerConfig(**sizes), facts
+    return config, facts
 
 
-def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[TransformerConfig, Any, dict[str, Any]]:
-    """Parameters of a trained stage, on this process's default device.
+def load_checkpoint(
+    stage: str | Path, which: str = "best", like: Any = None
+) -> tuple[TransformerConfig, Any, dict[str, Any]]:
+    """Parameters of a trained stage, or of an imported model; the optimiser's state is not read.
 
     Args:
       stage: folder of a stage, e.g. RUN/stage2.
       which: "best" (by validation loss) or "latest".
+      like: parameters whose shapes, types and shardings are wanted; None: as saved, on this process's default device.
 
     Returns:
       (config, params, facts); facts has vocab_size, tokenizer, template, datasets, max_history_tokens,
@@ -160,13 +161,26 @@ def load_checkpoint(stage: str | Path, which: str = "best") -> tuple[Transformer
         if step is None:
             raise CalrecError(f"{stage}/checkpoints: no whole checkpoint there; run `calrec train` again")
         try:
-            tree = checkpoints.item_metadata(step).tree
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree)
-            restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+            if like is None:
+                device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                saved = checkpoints.item_metadata(step).tree["params"]
+                wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved)
+            else:
+                wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+            params = _read_params(Path(checkpoints.directory) / str(step) / "default", wanted)
         except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
             raise CalrecError(
                 f"{stage}/checkpoints/{step}: cannot be read ({str(error).splitlines()[0]}); "
                 f"delete {stage} and train again"
             ) from error
-    return config, restored["params"], facts | {"step": step, "hash": artifacts.hash_json([manifest["hash"], step])}
+    return config, params, facts | {"step": step, "hash": artifacts.hash_json([manifest["hash"], step])}
+
+
+def _read_params(item: Path, wanted: Any) -> Any:
+    """The parameters of a saved state, and nothing else of it: the optimiser's moments are twice as large."""
+    tree = {"params": wanted}
+    arguments = ocp.args.PyTreeRestore(
+        item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(item, args=arguments)["params"]

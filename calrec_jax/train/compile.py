@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh
 from calrec_jax import tokenizer
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig
+from calrec_jax.models.attention import first_key
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
@@ -202,14 +203,20 @@ def step_flops(config: TransformerConfig, batching: Batching) -> float:
     """
     c, rows, length, examples = config, batching.batch_rows, batching.row_tokens, batching.row_examples
     d, h, g, w = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width
-    ends = [min(begin + c.attention_block, length) for begin in range(0, length, c.attention_block)]
-    pairs = sum((end - begin) * end for begin, end in zip(range(0, length, c.attention_block), ends, strict=True))
+    mixed = c.scan_layers and len({*c.local_layers}) > 1  # one body for both kinds: it computes what global ones do
+    pairs = sum(_attended(length, c.attention_block, c.sliding_window if x and not mixed else None) for x in c.local_layers)
     per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * c.mlp_dim + 2 * w * w * (h + g)
-    layers = c.num_layers * rows * (length * per_token + 4 * h * w * pairs)
+    layers = rows * (c.num_layers * length * per_token + 4 * h * w * pairs)
     pooling = 3 * 2 * rows * examples * length * d
     contrast = 2 * 2 * (rows * examples) ** 2 * d
     again = (c.remat == "full") + (batching.micro_batches > 1)
     return (3 + again) * layers + (2 + again) * pooling + 3 * contrast
+
+
+def _attended(length: int, block: int, window: int | None) -> int:
+    """Pairs of places whose scores `attention.packed_attention` computes in a row."""
+    begins = range(0, length, block)
+    return sum((min(b + block, length) - b) * (min(b + block, length) - first_key(b, window)) for b in begins)
 
 
 def _batch(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calrec_jax import losses
 from calrec_jax.losses import LossConfig, Metrics, Pooled
-from calrec_jax.models.transformer import Transformer
+from calrec_jax.models.transformer import Transformer, vocabulary_table
 
 Batch = dict[str, jax.Array]
 ROWS = ("replica", "data", "fsdp")  # mesh axes that a batch's rows are split over
@@ -53,7 +53,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
       mesh: over whose axes `ROWS` the batch lies.
       micro_batches: M; 1 is the plain gradient. Without dropout every M gives the same up to rounding.
     """
-    dropout = model.config.dropout_rate > 0
+    dropout, soft_cap = model.config.dropout_rate > 0, model.config.logit_soft_cap
     model = over(model, mesh)
 
     def rng(step: jax.Array) -> jax.Array | None:
@@ -62,7 +62,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
     def whole(params: Any, batch: Batch, step: jax.Array) -> tuple[Metrics, Any]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
             hidden = activations(model, params, batch, rng(step))
-            return losses.calrec_loss(hidden, params["embedding"], batch, config)
+            return losses.calrec_loss(hidden, vocabulary_table(params), batch, config, soft_cap)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return metrics, grads
@@ -83,8 +83,9 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
             """Has the gradient that the whole loss has through this micro-batch; and its sum of L_NIG."""
             hidden = hidden_of(params, part, index)
             weights = losses.generation_weights(part, config)
+            targets = part["decoder_target_tokens"]
             total = losses.weighted_token_loss(
-                hidden, params["embedding"], part["decoder_target_tokens"], weights, config.chunk
+                hidden, vocabulary_table(params), targets, weights, config.chunk, soft_cap
             )
             pulled = jax.tree.map(jnp.vdot, d_pooled, losses.pooled_towers(hidden, part))
             return config.generation * losses.mean_of(total, weight_sum) + sum(pulled), total

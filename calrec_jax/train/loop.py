@@ -59,7 +59,9 @@ class _Plan:
 
     def settings(self) -> dict[str, Any]:
         """As the manifest keeps them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "model": self.model.described()
+        }
 
     def stops(self, since_best: int) -> bool:
         """Whether patience has run out."""
@@ -139,7 +141,8 @@ def train(
             f"Batching.batch_rows={batching.batch_rows}: must divide by the mesh's {shards} parts of rows times "
             f"Batching.micro_batches={batching.micro_batches}"
         )
-    hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets))
+    origin = ckpt.read_facts(init_from)[1].get("origin") if init_from is not None else None
+    hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets, origin))
     with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log, hosts.deaths():
         facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
     if hosts.is_first():
@@ -249,6 +252,7 @@ def _claim(
     examples: ExampleSet,
     tokenizer: Tokenizer,
     datasets: Sequence[Dataset],
+    origin: dict[str, Any] | None,
 ) -> None:
     """Writes the stage's facts, or refuses a half-trained folder that was begun with other settings or inputs."""
     settings = plan.settings()
@@ -264,6 +268,8 @@ def _claim(
         "row_tokens": plan.batching.row_tokens,
         "examples": examples.fingerprint(),
     }
+    if origin is not None:
+        facts["origin"] = origin  # of the model that was imported; what exports need
     if (out / ckpt.FACTS_FILE).exists():
         old = ckpt.read_facts(out)[1]
         differences = artifacts.request_differences(old["made_from"], old["settings"], made_from, settings)
@@ -279,10 +285,12 @@ def _claim(
 
 def _parameters_from(stage: Path, config: TransformerConfig, tokenizer: Tokenizer, like: Any) -> Any:
     """Another stage's best parameters in the layout of `like`."""
-    other, params, facts = ckpt.load_checkpoint(stage)
+    other, facts = ckpt.read_facts(stage)
     if facts["tokenizer"] != tokenizer.fingerprint:
         raise CalrecError(f"{stage}: was trained with another tokenizer; use that one, or train the stage again")
     if other.settings() != config.settings():
         differences = artifacts.request_differences({}, other.settings(), {}, config.settings())
-        raise CalrecError(f"{stage}: has another model ({'; '.join(differences)}); use the same TransformerConfig")
-    return jax.tree.map(lambda new, old: place(new, old.sharding), params, like)
+        written = stage / "model.gin"
+        way_out = f"include {written}" if written.exists() else "use the same TransformerConfig"
+        raise CalrecError(f"{stage}: has another model ({'; '.join(differences)}); {way_out}")
+    return ckpt.load_checkpoint(stage, like=like)[1]

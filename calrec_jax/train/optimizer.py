@@ -21,7 +21,7 @@ class OptimizerConfig:
       learning_rate: peak.
       warmup_fraction: share of the steps over which the rate rises linearly from 0.
       final_fraction: rate at the last step, as a share of the peak.
-      weight_decay: decoupled; not applied to vectors (norm scales).
+      weight_decay: decoupled; not applied to vectors (norm scales, biases).
       beta1, beta2, epsilon: of Adam.
       clip_norm: gradients are scaled down to this global norm; 0 is off.
     """
@@ -66,7 +66,10 @@ class OptimizerConfig:
 
 
 def _decayed(params: Any) -> Any:
-    """True for matrices, False for norm scales (by name: a scanned scale is a matrix too). Parameters may be boxed."""
+    """True for matrices, False for norm scales and biases (by name: scanned, they are matrices too).
+
+    Parameters may be boxed.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: all(getattr(key, "key", None) != "scale" for key in path), params
+        lambda path, _: all(getattr(key, "key", None) not in ("scale", "bias") for key in path), params
     )

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig, calrec_loss
-from calrec_jax.models.transformer import Transformer
+from calrec_jax.models.transformer import Transformer, vocabulary_table
 from calrec_jax.train.gradients import ROWS, Metrics, activations, make_gradients, over
 
 MESH_AXES = ("replica", "data", "fsdp", "model")
@@ -193,7 +193,8 @@ def make_eval_step(
     model = over(model, mesh)
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
-        return calrec_loss(activations(model, params, batch), params["embedding"], batch, loss_config)[1]
+        hidden = activations(model, params, batch)
+        return calrec_loss(hidden, vocabulary_table(params), batch, loss_config, model.config.logit_soft_cap)[1]
 
     return jax.jit(
         eval_step, in_shardings=(None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec())

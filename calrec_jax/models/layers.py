@@ -1,0 +1,178 @@
+"""What blocks are made of: RMSNorm, products with a weight, the block itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from calrec_jax.models import attention
+from calrec_jax.models.config import ACTIVATIONS, TransformerConfig
+
+
+def partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """An initialiser whose parameter carries logical axis names.
+
+    `Module.param` hands the array out without its box; the types of flax do not say so.
+    """
+    return cast(Callable[..., jax.Array], nn.with_logical_partitioning(init, axes))
+
+
+def placed(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """`x` with its rows where `rows` has them, and nothing else split; as it comes where that is None."""
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale (Zhang & Sennrich, 2019), in float32; with `one_plus`, · (1 + scale)."""
+
+    epsilon: float
+    one_plus: bool = False
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises [..., D] over its last axis, in the type of `x`."""
+        init = nn.initializers.zeros if self.one_plus else nn.initializers.ones
+        scale = self.param("scale", partitioned(init, (self.axis,)), (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * (1 + scale if self.one_plus else scale)).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """A weight and the einsum that applies it; with `bias_axes`, a bias over the result's last axes of these names."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fan_in: int
+    scale: float = 1.0
+    bias_axes: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """Multiplies `x` by the weight, its second operand, as `equation` says; in the type of `x`."""
+        init = nn.initializers.normal(self.scale / math.sqrt(self.fan_in))
+        kernel = self.param("kernel", partitioned(init, self.axes), self.shape, jnp.float32)
+        y = jnp.einsum(equation, x, kernel.astype(x.dtype))
+        if not self.bias_axes:
+            return y
+        sizes = tuple(self.shape[self.axes.index(name)] for name in self.bias_axes)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, self.bias_axes), sizes, jnp.float32)
+        return y + bias.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP.
+
+    Attributes:
+      config: sizes and choices.
+      rows: as in `Transformer`.
+      local: whether the layer attends to the sliding window alone; None: the layer is told when it is called, as the
+        scan over layers of both kinds does.
+    """
+
+    config: TransformerConfig
+    rows: NamedSharding | None = None
+    local: bool | None = False
+
+    def setup(self):
+        """The projections, the norms and the dropout."""
+        c = self.config
+        d, h, g, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_dim
+        residual = 1.0 / math.sqrt(2 * c.num_layers)  # keeps the residual stream's variance flat in depth (GPT-2)
+        bias = ("heads", "kv") if c.qkv_bias else ()
+        self.attention_norm, self.mlp_norm = self._norm(), self._norm()
+        if c.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = self._norm(), self._norm()
+        if c.qk_norm:
+            self.query_norm, self.key_norm = self._norm("kv"), self._norm("kv")
+        self.query = Einsum((d, h, w), ("embed", "heads", "kv"), d, bias_axes=bias)
+        # Each its own product: slices of a joint one cost a padded copy each in the backward pass.
+        self.key = Einsum((d, g, w), ("embed", "heads", "kv"), d, bias_axes=bias)
+        self.value = Einsum((d, g, w), ("embed", "heads", "kv"), d, bias_axes=bias)
+        self.output = Einsum((h, w, d), ("heads", "kv", "embed"), h * w, residual)
+        self.gate = Einsum((d, f), ("embed", "mlp"), d)
+        self.up = Einsum((d, f), ("embed", "mlp"), d)
+        self.down = Einsum((f, d), ("mlp", "embed"), f, residual)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def _norm(self, axis: str = "embed") -> RMSNorm:
+        return RMSNorm(self.config.norm_epsilon, self.config.norm_one_plus, axis)
+
+    def __call__(
+        self, x: jax.Array, cache: Any, local: Any, context: dict[str, Any], deterministic: bool, keep_kv: bool
+    ):
+        """Runs the block over packed rows, or over the next tokens of R rows that have a prefix.
+
+        Args:
+          x: [B, L, D], or [R, Q, D] of a step.
+          cache: None, or the layer's (prefix, suffix) keys and values of a step; see `Transformer.decode`.
+          local: scalar bool where the attribute `local` is None, else None.
+          context: what all layers share: angles of both kinds of layers ("global" and "local", None where they are
+            equal: (sin, cos)), and "segment_ids", or what `Transformer.decode` is given and the masks of both kinds.
+          deterministic: False switches dropout on.
+          keep_kv: whether a packed row's keys and values are wanted.
+
+        Returns:
+          (like `x`, keys and values: of the row, the suffix with this step written, or None).
+        """
+        c = self.config
+        local = self.local if self.local is not None else local
+        query, key, value = self._heads(self.attention_norm(x), context, local)
+        kv: Any = None
+        if cache is None:
+            mixed = attention.packed_attention(
+                query, key, value, context["segment_ids"], c.attention_block,
+                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap,
+            )  # fmt: skip
+            kv = attention.decoding_layout(key, value) if keep_kv else None
+        else:
+            prefix, suffix = cache
+            kv = _appended(suffix, (key.swapaxes(1, 2), value.swapaxes(1, 2)), context["at"])
+            prefix_mask, suffix_mask = context["masks"]["local" if local else "global"]
+            mixed = attention.shared_prefix_attention(
+                query, prefix, prefix_mask, kv, suffix_mask, context["cells"], soft_cap=c.attention_soft_cap
+            )
+        out = self.output("...hc,hcd->...d", mixed)
+        if c.post_norms:
+            out = self.attention_post_norm(out)
+        x = placed(x + self.dropout(out, deterministic=deterministic), self.rows)
+        normed = self.mlp_norm(x)
+        hidden = ACTIVATIONS[c.activation](self.gate("...d,df->...f", normed)) * self.up("...d,df->...f", normed)
+        out = self.down("...f,fd->...d", hidden)
+        if c.post_norms:
+            out = self.mlp_post_norm(out)
+        return placed(x + self.dropout(out, deterministic=deterministic), self.rows), kv
+
+    def _heads(self, normed: jax.Array, context: dict[str, Any], local: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [..., H, C], scaled, and key and value [..., G, C]; the first two turned by their positions."""
+        query = self.query("...d,dhc->...hc", normed)
+        key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        sin, cos = angles_of(context, local)
+        query = query * self.config.query_scale
+        return attention.apply_rope(query, sin, cos), attention.apply_rope(key, sin, cos), value
+
+
+def angles_of(context: dict[str, Any], local: Any) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos) of a layer; `local` is a bool, or a scalar that is known on the device alone."""
+    if context["local"] is None or local is False:
+        return context["global"]
+    if local is True:
+        return context["local"]
+    sin, cos = (jnp.where(local, a, b) for a, b in zip(context["local"], context["global"], strict=True))
+    return sin, cos
+
+
+def _appended(suffix: Any, new: Any, at: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Keys and values [R, G, T, C] of the suffix with those of a step, at place `at` or behind the last."""
+    if at is None:
+        return tuple(jnp.concatenate(pair, axis=2) for pair in zip(suffix, new, strict=True))
+    return tuple(jax.lax.dynamic_update_slice_in_dim(old, x, at, 2) for old, x in zip(suffix, new, strict=True))

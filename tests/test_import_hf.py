@@ -1,0 +1,229 @@
+"""Hugging Face folders in and out: every family against a float64 reference, bit for bit there and back, and what is bad."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tracemalloc
+
+import flax.linen as nn
+import gin
+import hf_folders
+import hf_reference
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from calrec_jax import artifacts, config
+from calrec_jax.errors import CalrecError
+from calrec_jax.models.transformer import Transformer, TransformerConfig, empty_suffix
+from calrec_jax.pretrained import families
+from calrec_jax.pretrained.export_hf import export_hf
+from calrec_jax.pretrained.import_hf import import_hf
+from calrec_jax.tokenizer import Tokenizer
+from calrec_jax.train.checkpoints import load_checkpoint, manager, save, write_facts
+
+NAMES = list(hf_folders.CONFIGS)
+LENGTH = 21
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Name of a family to (folder, tensors, what was imported from it), made when it is first asked for."""
+    root, made = tmp_path_factory.mktemp("hf"), {}
+
+    def get(name):
+        if name not in made:
+            tensors = hf_folders.write_folder(root / name, hf_folders.CONFIGS[name], family=name)
+            made[name] = root / name, tensors, import_hf(root / name, root / f"{name}-imported")
+        return made[name]
+
+    return get
+
+
+def tokens_of(name):
+    return np.random.default_rng(NAMES.index(name)).integers(3, hf_folders.VOCAB, (2, LENGTH)).astype(np.int32)
+
+
+def reference(name, tensors, tokens):
+    return hf_reference.logits(hf_folders.CONFIGS[name], tensors, tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_float64_reference_scanned_unrolled_and_packed(imported, name):
+    folder, tensors, out = imported(name)
+    config, params, facts = load_checkpoint(out)
+    tokens = tokens_of(name)
+    expected = [reference(name, tensors, row) for row in tokens]
+    # Two segments of a row: the windows of the second must not reach into the first.
+    cut = LENGTH - 9
+    packed = np.concatenate([tokens[0], tokens[1, :9]])[None]
+    positions = np.concatenate([np.arange(LENGTH), np.arange(9)])[None].astype(np.int32)
+    segments = (1 + (np.arange(LENGTH + 9) >= LENGTH)[None]).astype(np.int32)
+    assert cut > 0
+    for scan, block in ((True, 8), (False, 8), (False, 3)):
+        model = Transformer(dataclasses.replace(config, scan_layers=scan, attention_block=block), facts["vocab_size"])
+        got = jax.jit(model.apply)({"params": params}, packed, positions, segments)[0]
+        np.testing.assert_allclose(got[:LENGTH], expected[0], atol=2e-4)
+        np.testing.assert_allclose(got[LENGTH:], expected[1][:9], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2_windowed", "llama3"])
+def test_decoding_equals_the_reference_past_the_window(imported, name):
+    """Step by step in a ring that turns, and all at once: the suffix alone is longer than the window."""
+    _, tensors, out = imported(name)
+    config, params, facts = load_checkpoint(out)
+    model = Transformer(config, facts["vocab_size"])
+    tokens = tokens_of(name)
+    lengths, steps, ring = np.array([9, 7]), 10, 16
+    prefix_length = 10
+    mask = np.arange(prefix_length) < lengths[:, None]
+    places = np.broadcast_to(np.arange(prefix_length), mask.shape).astype(np.int32)
+    apply = jax.jit(lambda method, *args: model.apply({"params": params}, *args, method=method), static_argnums=0)
+    hidden, prefix = apply("prefill", tokens[:, :prefix_length], places, mask.astype(np.int32))
+    rest = np.stack([tokens[b, lengths[b] : lengths[b] + steps] for b in range(2)])
+    at = (lengths[:, None] + np.arange(steps)).astype(np.int32)
+    expected = np.stack([reference(name, tensors, tokens[b, : lengths[b] + steps])[-steps:] for b in range(2)])
+
+    suffix, clock, got = empty_suffix(config, 2, ring), 13, []
+    for step in range(steps):
+        place = (clock + step) % ring
+        lag = (place - np.arange(ring)) % ring
+        written = np.broadcast_to(lag <= step, (2, 1, ring))
+        now = rest[:, step : step + 1], at[:, step : step + 1], jnp.int32(place)
+        hidden, suffix = apply("decode", *now, prefix, mask, suffix, written)
+        got.append(apply("logits", hidden)[:, 0])
+    np.testing.assert_allclose(np.stack(got, 1), expected, atol=3e-4)
+
+    causal, none = np.tri(steps, dtype=bool)[None], empty_suffix(config, 2, 0)
+    whole, _ = apply("decode", rest, at, None, prefix, mask, none, causal)
+    np.testing.assert_allclose(apply("logits", whole), expected, atol=3e-4)
+    _, half = apply("decode", rest[:, :6], at[:, :6], None, prefix, mask, none, causal[:, :6, :6])
+    behind, _ = apply("decode", rest[:, 6:], at[:, 6:], None, prefix, mask, half, causal[:, 6:])
+    np.testing.assert_allclose(apply("logits", behind), expected[:, 6:], atol=3e-4)
+
+
+def test_greedy_samples_equal_the_reference(imported):
+    """The sampler itself, at next to no temperature, over windows shorter than prompt and completion."""
+    from calrec_jax.decode.prefix import Batch
+    from calrec_jax.decode.sampling import Sampler
+
+    _, tensors, out = imported("gemma3")
+    config, params, facts = load_checkpoint(out)
+    tokens, steps = tokens_of("gemma3"), 20
+    lengths = np.array([11, 8], np.int32)
+    sampler = Sampler(
+        Transformer(config, facts["vocab_size"]), params, eos_id=1, num_samples=2, temperature=1e-4,
+        max_new_tokens=steps, batch_users=2,
+    )  # fmt: skip
+    prompts = tokens[:, :12] * (np.arange(12) < lengths[:, None])
+    done = sampler(Batch(prompts.astype(np.int32), lengths, np.arange(4, dtype=np.uint32).reshape(2, 2), np.arange(2)))
+    for user in range(2):
+        text = list(tokens[user, : lengths[user]])
+        for _ in range(int(done.num_tokens[user, 0])):
+            text.append(int(reference("gemma3", tensors, text)[-1].argmax()))
+        for sample in range(2):
+            assert done.tokens[user, sample, : done.num_tokens[user, 0]].tolist() == text[lengths[user] :]
+    assert done.num_tokens.max() > 12, "longer than two windows"
+
+
+def read_all(folder):
+    return {k: v for file in pathlib.Path(folder).glob("*.safetensors") for k, v in safetensors.numpy.load_file(file).items()}
+
+
+def assert_same(a, b):
+    assert {*a} == {*b}
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(n, np.float32) for n in NAMES] + [("gemma3", ml_dtypes.bfloat16), ("qwen2", np.float16)])
+def test_there_and_back_is_the_same_bit_for_bit(tmp_path, name, dtype):
+    tensors = hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS[name], dtype=dtype, shards=3, family=name)
+    first = import_hf(tmp_path / "hf", tmp_path / "first")
+    out = export_hf(first, tmp_path / "out", max_shard_gib=30_000 / 2**30)
+    assert_same(read_all(out), tensors)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len({*index["weight_map"].values()}) > 1 and {*index["weight_map"]} == {*tensors}
+    assert json.loads((out / "config.json").read_text()) == json.loads((tmp_path / "hf" / "config.json").read_text())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
+    again = import_hf(out, tmp_path / "again")
+    before, after = load_checkpoint(first), load_checkpoint(again)
+    assert before[0] == after[0]
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+    assert Tokenizer.load(first / "tokenizer").fingerprint == Tokenizer.load(again / "tokenizer").fingerprint
+
+
+@pytest.fixture
+def unbound():
+    yield
+    gin.clear_config()
+
+
+def test_parameters_lie_as_training_lays_them_and_the_gin_file_says_the_same_model(imported, unbound):
+    import optax
+
+    from calrec_jax.train import step as steps
+
+    for name in NAMES:
+        _, _, out = imported(name)
+        made, params, facts = load_checkpoint(out)
+        config.load([str(out / "model.gin")])
+        assert TransformerConfig() == made
+        assert load_checkpoint(imported("llama3")[2])[0] != made or name == "llama3", "not filled up by what gin binds"
+        model = Transformer(made, facts["vocab_size"])
+        wanted = steps.abstract_state(model, optax.identity(), steps.make_mesh())[0].params
+        jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, wanted)
+        assert families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings() == made.settings()
+
+
+def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
+    config = TransformerConfig(
+        embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=40, activation="silu", scale_embeddings=False
+    )
+    hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS["llama3"])
+    tokenizer = Tokenizer.load(import_hf(tmp_path / "hf", tmp_path / "in") / "tokenizer")
+    model, tokens = Transformer(config, 512), jnp.zeros((1, 4), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(0), tokens, tokens, tokens + 1)["params"])
+    stage = tmp_path / "run" / "stage1"
+    stage.mkdir(parents=True)
+    write_facts(stage, config, {"vocab_size": 512, "tokenizer": tokenizer.fingerprint})
+    with manager(stage) as checkpoints:
+        save(checkpoints, 0, {"params": params}, None)
+    artifacts.write_manifest(stage, kind="checkpoint", made_from={}, settings={})
+    shutil.copytree(tmp_path / "in" / "tokenizer", tmp_path / "run" / "tokenizer")
+    out = export_hf(stage, tmp_path / "out")
+    written = json.loads((out / "config.json").read_text())
+    assert (written["model_type"], written["architectures"], written["torch_dtype"]) == (
+        "llama", ["LlamaForCausalLM"], "float32",
+    )  # fmt: skip
+    got = model.apply({"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5)))
+    np.testing.assert_allclose(got[0], hf_reference.logits(written, read_all(out), np.arange(5) + 3), atol=2e-4)
+    with pytest.raises(CalrecError, match="no family of open models.*nearest is llama.*scale_embeddings=True"):
+        families.family_of(dataclasses.replace(config, scale_embeddings=True))
+
+
+def test_the_host_holds_one_tensor_and_one_shard(tmp_path):
+    """A model of many layers: what Python and NumPy hold at once is bounded by its largest tensor, not by its size."""
+    from calrec_jax.pretrained import import_hf as importing
+    from calrec_jax.pretrained import reader
+    from calrec_jax.pretrained.tensors import leaves
+
+    config = hf_folders.CONFIGS["llama3"] | {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 2048}
+    tensors = hf_folders.write_folder(tmp_path / "hf", config, dtype=ml_dtypes.bfloat16, shards=4)
+    largest = max(t.nbytes for t in tensors.values())
+    described = importing.read_config(tmp_path / "hf")
+    with reader.opened(tmp_path / "hf") as opened:
+        wanted = list(leaves(described.config, described.vocab_size))
+        importing.load_parameters(opened, wanted[:1], "model.", described)  # compiles, and imports what it imports late
+        tracemalloc.start()
+        params = importing.load_parameters(opened, wanted, "model.", described)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert total > 60 * largest
+    assert peak < 4 * largest + 2**21, "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
