@@ -158,7 +158,12 @@ def review_parser(release: Release, name: str, counts: LineCounts) -> Callable[[
     Returns:
       The function, which raises a `BadLineError` for a line that cannot be used and a `DroppedLineError` for a header.
     """
-    return _csv_parser(release, name, counts) if ".csv" in name else _json_parser(release, counts)
+    return _csv_parser(release, name, counts) if is_csv(name) else _json_parser(release, counts)
+
+
+def is_csv(name: str) -> bool:
+    """Whether a file of that name has ratings alone."""
+    return ".csv" in name
 
 
 def _json_parser(release: Release, counts: LineCounts) -> Callable[[bytes], Interaction]:

@@ -1,17 +1,17 @@
 """Fields of raw records: identifiers, times, texts and official splits, each checked the same way in every layout."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from calrec_jax.data import hashing
 from calrec_jax.data.quarantine import BadLineError
 
 SPLITS = ("train", "validation", "test")
 MILLISECONDS_REPAIR = "time in milliseconds, divided by 1000"
-_MILLISECONDS_FROM = 10**11
-_END_OF_TIME = 4_102_444_800  # 2100-01-01
-_LOWER = bytes(byte + 32 if 65 <= byte <= 90 else byte for byte in range(256))
-_NOT_WORDS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+MILLISECONDS_FROM = 10**11
+END_OF_TIME = 4_102_444_800  # 2100-01-01
 
 
 def identifier(record: Mapping[str, Any], field: str) -> str:
@@ -52,9 +52,9 @@ def seconds(value: Any, field: str) -> tuple[int, bool]:
         value = int(value)
     if value < 0:
         raise BadLineError(f"{field} is negative")
-    milliseconds = value >= _MILLISECONDS_FROM
+    milliseconds = value >= MILLISECONDS_FROM
     time = value // 1000 if milliseconds else value
-    if time >= _END_OF_TIME:
+    if time >= END_OF_TIME:
         raise BadLineError(f"{field} is after the year 2100")
     return time, milliseconds
 
@@ -73,12 +73,10 @@ def text_hash(*texts: Any) -> int | None:
       *texts: review and summary, in this order; what is not a string counts as absent.
 
     Returns:
-      The first eight bytes of the SHA-1, as a signed little-endian integer; None when no letter or digit is left.
+      A signed integer (see `hashing.py`); None when no letter or digit is left.
     """
     text = "\n".join([text for text in texts if type(text) is str])
     if not text.isascii():
         text = text.casefold()
-    folded = text.encode("utf-8", "surrogatepass").translate(_LOWER, _NOT_WORDS)
-    if not folded:
-        return None
-    return int.from_bytes(hashlib.sha1(folded, usedforsecurity=False).digest()[:8], "little", signed=True)
+    value, there_is_one = hashing.of_bytes(np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8))
+    return value if there_is_one else None

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from calrec_jax.data import quarantine as quarantine_lib
 from calrec_jax.data import sources
@@ -12,8 +11,6 @@ MAX_LINE_BYTES = 8 << 20  # the longest lines of the Amazon dumps' metadata have
 _BOM = b"\xef\xbb\xbf"
 _KEEP = 2048  # bytes of a line that is too long; the quarantine shows fewer
 
-Row = TypeVar("Row")
-
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -21,13 +18,18 @@ class Chunk:
 
     Attributes:
       first: number of the first one.
-      lines: without their newlines.
+      data: the lines, each with a newline, the file's last one too.
       too_long: this is one line, and only its beginning.
     """
 
     first: int
-    lines: list[bytes]
+    data: bytes
     too_long: bool = False
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The lines without their newlines."""
+        return self.data[:-1].split(b"\n")
 
 
 def chunks(source: sources.Source, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Chunk]:
@@ -49,65 +51,88 @@ def chunks(source: sources.Source, max_bytes: int = MAX_LINE_BYTES) -> Iterator[
             if end < 0:
                 continue
             block, skipping = block[end + 1 :], False
-        lines = (rest + block).split(b"\n")
-        rest = lines.pop()
-        yield from _by_length(number, lines, max_bytes)
-        number += len(lines)
+        end = block.rfind(b"\n") + 1
+        if end:
+            data, rest = rest + block[:end], block[end:]
+            yield from _by_length(number, data, max_bytes)
+            number += data.count(b"\n")
+        else:
+            rest += block
         if len(rest) > max_bytes:
-            yield Chunk(number, [rest[:_KEEP]], too_long=True)
+            yield Chunk(number, rest[:_KEEP] + b"\n", too_long=True)
             number, rest, skipping = number + 1, b"", True
     if rest:
-        yield Chunk(number, [rest])
+        yield Chunk(number, rest + b"\n")
 
 
-def _by_length(first: int, lines: list[bytes], max_bytes: int) -> Iterator[Chunk]:
-    if not lines:
+def _by_length(first: int, data: bytes, max_bytes: int) -> Iterator[Chunk]:
+    chunk = Chunk(first, data)
+    if len(data) <= max_bytes or max(map(len, chunk.lines)) <= max_bytes:
+        yield chunk
         return
-    if max(map(len, lines)) <= max_bytes:
-        yield Chunk(first, lines)
-        return
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate(chunk.lines, first):
         too_long = len(line) > max_bytes
-        yield Chunk(number, [line[:_KEEP] if too_long else line], too_long)
+        yield Chunk(number, (line[:_KEEP] if too_long else line) + b"\n", too_long)
 
 
-def records(
-    source: sources.Source,
-    counts: list[LineCounts],
-    bad_lines: Quarantine,
-    parse: Callable[[bytes], Row],
-    max_bytes: int = MAX_LINE_BYTES,
-) -> Iterator[tuple[int, Row]]:
-    """Yields (line number, parsed line) of usable lines.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A file on its way to rows: what parses its lines, and where those go that give none.
 
-    Args:
+    Attributes:
       source: the file.
       counts: of the files of this kind so far, this one last; its lines are counted here, kept ones by the caller.
       bad_lines: gets the lines for which `parse` raises a `BadLineError`, and those that are too long.
       parse: a line to a row; a `DroppedLineError` counts the line as dropped by that rule.
       max_bytes: longest line.
+    """
+
+    source: sources.Source
+    counts: list[LineCounts]
+    bad_lines: Quarantine
+    parse: Callable[[bytes], tuple]
+    max_bytes: int = MAX_LINE_BYTES
+
+    def count(self, lines: int) -> None:
+        """Counts so many lines more.
+
+        Raises:
+          CalrecError: if too many lines are bad, at every multiple of `quarantine.CHECK_EVERY`.
+        """
+        mine, every = self.counts[-1], quarantine_lib.CHECK_EVERY
+        end = mine.lines + lines
+        for multiple in range(-(-mine.lines // every) * every, end, every):
+            mine.lines = multiple
+            self.bad_lines.check(self.source.path, self.counts, at_end=False)
+        mine.lines = end
+
+    def row(self, number: int, line: bytes, too_long: bool) -> tuple | None:
+        """A line's row, or None for one that is dropped or quarantined."""
+        mine = self.counts[-1]
+        if too_long:
+            self.bad_lines.put(mine, number, line, f"longer than {self.max_bytes:,} bytes")
+            return None
+        if not line or line.isspace():
+            mine.dropped["blank line"] += 1
+            return None
+        try:
+            return self.parse(line)
+        except DroppedLineError as dropped:
+            mine.dropped[str(dropped)] += 1
+        except BadLineError as bad:
+            self.bad_lines.put(mine, number, line, str(bad))
+        return None
+
+
+def records(reading: Reading) -> Iterator[tuple[int, tuple]]:
+    """Yields (line number, row) of usable lines.
 
     Raises:
-      CalrecError: as `sources.blocks`; if too many lines are bad, at every multiple of `quarantine.CHECK_EVERY`.
+      CalrecError: as `sources.blocks` and `Reading.count`.
     """
-    mine = counts[-1]
-    for chunk in chunks(source, max_bytes):
+    for chunk in chunks(reading.source, reading.max_bytes):
         for number, line in enumerate(chunk.lines, chunk.first):
-            if mine.lines % quarantine_lib.CHECK_EVERY == 0:
-                bad_lines.check(source.path, counts, at_end=False)
-            mine.lines += 1
-            if chunk.too_long:
-                bad_lines.put(mine, number, line, f"longer than {max_bytes:,} bytes")
-                continue
-            if not line or line.isspace():
-                mine.dropped["blank line"] += 1
-                continue
-            try:
-                row = parse(line)
-            except DroppedLineError as dropped:
-                mine.dropped[str(dropped)] += 1
-                continue
-            except BadLineError as bad:
-                bad_lines.put(mine, number, line, str(bad))
-                continue
-            yield number, row
+            reading.count(1)
+            row = reading.row(number, line, chunk.too_long)
+            if row is not None:
+                yield number, row

@@ -85,7 +85,7 @@ class Columns:
 
 
 def read_purchases(source: Source, counts: list[LineCounts], bad_lines: Quarantine, columns: Columns) -> Records:
-    """Yields (number, interaction) of usable records; the arguments are those of `lines.records`."""
+    """Yields (number, interaction) of usable records; the arguments are those of `lines.Reading`."""
 
     def parse(record: Record) -> amazon.Interaction:
         time = _seconds(record.get(columns.timestamp), columns.timestamp)
@@ -127,7 +127,7 @@ def _records(
     ending = _PACKED.sub("", source.name).rsplit(".", 1)[-1].lower()
     form = _FORMATS.get(ending)
     if form == "json":
-        return lines.records(source, counts, bad_lines, lambda line: parse(amazon.load_json(line)))
+        return lines.records(lines.Reading(source, counts, bad_lines, lambda line: parse(amazon.load_json(line))))
     if form is None:
         known = ", ".join(f".{name}" for name in _FORMATS)
         raise CalrecError(f"{source.path}: the end of its name says no format; one of {known}, texts also with .gz.")

@@ -11,11 +11,13 @@ and is divided; what is negative or after the year 2100 is quarantined.
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from calrec_jax.data import amazon, lines, own_tables, templates
@@ -37,7 +39,8 @@ INTERACTIONS_SCHEMA = pa.schema(
 INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
 FILE_BITS = 40  # a row's `line` is its file's place << FILE_BITS | its line number
-_FLUSH_ROWS = 65_536
+_ROW_GROUP = 65_536  # rows
+_MOST_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class RawCategory:
         return LineCounts.total(self.metadata_counts)
 
 
-Records = Iterator[tuple[int, tuple]]
+Batches = Iterator[pa.RecordBatch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +91,17 @@ class Layout:
       metadata: the same of metadata.
       attributes: of its items: those always staged.
       more_attributes: further ones that a template may name; None: any.
-      read_reviews: (file, counts of the files so far, quarantine, columns) to the usable lines' numbers and
-        interactions.
-      read_metadata: the same with attribute names, to the lines' numbers and (item_id, attribute, …).
+      read_reviews: (file, counts of the files so far, quarantine, columns, threads) to rows of `INTERACTIONS_SCHEMA` of
+        the usable lines, `line` being the line's number.
+      read_metadata: the same with attribute names instead of threads, to rows of `items_schema`.
     """
 
     reviews: str
     metadata: str
     attributes: tuple[str, ...]
     more_attributes: tuple[str, ...] | None
-    read_reviews: Callable[[Source, list[LineCounts], Quarantine, Columns], Records]
-    read_metadata: Callable[[Source, list[LineCounts], Quarantine, Columns, tuple[str, ...]], Records]
+    read_reviews: Callable[[Source, list[LineCounts], Quarantine, Columns, int], Batches]
+    read_metadata: Callable[[Source, list[LineCounts], Quarantine, Columns, tuple[str, ...]], Batches]
 
     def all_attributes(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """What is staged for a template's attributes.
@@ -117,26 +120,46 @@ class Layout:
 
 def _amazon(name: str, reviews: str, metadata: str) -> Layout:
     release = amazon.RELEASES[name]
+    wanted = (release.user, release.item, release.time, release.text, release.summary)
 
-    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns) -> Records:
-        return lines.records(source, counts, bad_lines, amazon.review_parser(release, source.name, counts[-1]))
+    def read_reviews(
+        source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, threads: int
+    ) -> Batches:
+        parse = amazon.review_parser(release, source.name, counts[-1])
+        reading = lines.Reading(source, counts, bad_lines, parse)
+        if amazon.is_csv(source.name):
+            return _batches(lines.records(reading), INTERACTIONS_SCHEMA)
+        from calrec_jax.data import scan  # loads a compiler
+
+        return scan.batches(reading, wanted, INTERACTIONS_SCHEMA, milliseconds=release.milliseconds, threads=threads)
 
     def read_metadata(
         source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, attributes: tuple[str, ...]
-    ) -> Records:
-        return lines.records(source, counts, bad_lines, amazon.item_parser(release, attributes, counts[-1]))
+    ) -> Batches:
+        reading = lines.Reading(source, counts, bad_lines, amazon.item_parser(release, attributes, counts[-1]))
+        return _batches(lines.records(reading), items_schema(attributes))
 
     more = tuple(name for name in amazon.ATTRIBUTES if name not in templates.ATTRIBUTES)
     return Layout(reviews, metadata, templates.ATTRIBUTES, more, read_reviews, read_metadata)
+
+
+def _read_own_purchases(
+    source: Source, counts: list[LineCounts], bad_lines: Quarantine, columns: Columns, _: int
+) -> Batches:
+    return _batches(own_tables.read_purchases(source, counts, bad_lines, columns), INTERACTIONS_SCHEMA)
+
+
+def _read_own_items(
+    source: Source, counts: list[LineCounts], bad_lines: Quarantine, columns: Columns, attributes: tuple[str, ...]
+) -> Batches:
+    return _batches(own_tables.read_items(source, counts, bad_lines, columns, attributes), items_schema(attributes))
 
 
 LAYOUTS: dict[str, Layout] = {
     "2014": _amazon("2014", "reviews_{category}_5.json.gz", "meta_{category}.json.gz"),
     "2018": _amazon("2018", "{category}_5.json.gz", "meta_{category}.json.gz"),
     "2023": _amazon("2023", "{category}.jsonl.gz", "meta_{category}.jsonl.gz"),
-    "tables": Layout(
-        "{category}_purchases.*", "{category}_items.*", (), None, own_tables.read_purchases, own_tables.read_items
-    ),
+    "tables": Layout("{category}_purchases.*", "{category}_items.*", (), None, _read_own_purchases, _read_own_items),
 }
 
 
@@ -155,6 +178,7 @@ def read(
     columns: Columns | Mapping[str, Any] | None = None,
     quarantine: str | Path,
     max_bad_share: float = 0.01,
+    threads: int | None = None,
 ) -> RawCategory:
     """Reads a category into staged files.
 
@@ -167,6 +191,7 @@ def read(
       columns: of the layout "tables", also as a dict of its fields; None: what gin has bound.
       quarantine: file to write bad lines to, as JSON lines of file, line, reason, text.
       max_bad_share: largest share of the lines of either kind of files, in [0, 1], that may be quarantined.
+      threads: that scan reviews; None: as many as there are cores, at most 8.
 
     Raises:
       CalrecError: if an attribute is unknown to the layout, or a file cannot be read, is damaged, has no usable line,
@@ -175,11 +200,12 @@ def read(
     out, how = Path(out), LAYOUTS[layout]
     names = how.all_attributes(attributes)
     mapped = columns if isinstance(columns, Columns) else Columns(**(columns or {}))
+    workers = min(_MOST_THREADS, threads or os.cpu_count() or 1)
 
-    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Records:
-        return how.read_reviews(source, counts, bad_lines, mapped)
+    def read_reviews(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Batches:
+        return how.read_reviews(source, counts, bad_lines, mapped, workers)
 
-    def read_metadata(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Records:
+    def read_metadata(source: Source, counts: list[LineCounts], bad_lines: Quarantine) -> Batches:
         return how.read_metadata(source, counts, bad_lines, mapped, names)
 
     with Quarantine.opened(Path(quarantine), max_bad_share) as bad_lines:
@@ -200,7 +226,7 @@ def _stage(
     folder: Path,
     schema: pa.Schema,
     files: Sequence[Source],
-    read_file: Callable[[Source, list[LineCounts], Quarantine], Records],
+    read_file: Callable[[Source, list[LineCounts], Quarantine], Batches],
     bad_lines: Quarantine,
 ) -> tuple[LineCounts, ...]:
     """Writes the usable lines of files of one kind, a Parquet file each; the row's order over all files comes last."""
@@ -211,9 +237,10 @@ def _stage(
         bad_lines.check(where, counts, at_end=False)
         counts.append(LineCounts(source.name))
         with pq.ParquetWriter(folder / f"part-{place:05}.parquet", schema, compression="zstd") as writer:
-            for batch in _batches(read_file(source, counts, bad_lines), schema, place << FILE_BITS):
-                writer.write_batch(batch)
-                counts[-1].kept += batch.num_rows
+            for table in _row_groups(read_file(source, counts, bad_lines), schema):
+                numbers = table["line"] if not place else pc.add(table["line"], place << FILE_BITS)
+                writer.write_table(table.set_column(len(schema) - 1, "line", numbers))
+                counts[-1].kept += table.num_rows
     whole = LineCounts.total(counts)
     if not whole.lines:
         raise CalrecError(f"{where} is empty. Download it again, or name another file.")
@@ -223,10 +250,22 @@ def _stage(
     return tuple(counts)
 
 
-def _batches(records: Records, schema: pa.Schema, first: int) -> Iterator[pa.RecordBatch]:
-    while rows := list(itertools.islice(records, _FLUSH_ROWS)):
+def _row_groups(batches: Batches, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Batches together until they are as many rows as a row group should have."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(one.num_rows for one in waiting) >= _ROW_GROUP:
+            yield pa.Table.from_batches(waiting, schema)
+            waiting.clear()
+    if waiting:
+        yield pa.Table.from_batches(waiting, schema)
+
+
+def _batches(records: Iterator[tuple[int, tuple]], schema: pa.Schema) -> Batches:
+    while rows := list(itertools.islice(records, _ROW_GROUP)):
         numbers, values = zip(*rows, strict=True)
-        columns = [*zip(*values, strict=True), [first + number for number in numbers]]
+        columns = [*zip(*values, strict=True), numbers]
         yield pa.record_batch(
             [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
         )

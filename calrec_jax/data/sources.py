@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+from isal import igzip, isal_zlib
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
@@ -26,6 +27,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _BLOCK = 1 << 20
+_DAMAGED = (EOFError, isal_zlib.error)  # what igzip raises besides OSError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def blocks(source: Source, size: int = _BLOCK) -> Iterator[bytes]:
             magic = raw.read(4)
             raw.seek(0)
             codec = next((name for begin, name in _MAGIC.items() if magic.startswith(begin)), None)
-            stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec) if codec else raw
+            stream = _decompressed(raw, codec)
         ahead = thread.submit(stream.read, size)
         while True:
             with _reading(source):
@@ -125,10 +127,16 @@ def _reading(source: Source) -> Iterator[None]:
     """Turns what goes wrong with a file into a CalrecError."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # Arrow's decompressors set none
-            raise CalrecError(f"{source.path} is truncated or damaged ({error}). Download it again.") from error
-        raise _cannot_read(source.path, error) from error
+    except (OSError, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # decompressors set none
+            raise _cannot_read(source.path, error) from error
+        raise CalrecError(f"{source.path} is truncated or damaged ({error}). Download it again.") from error
+
+
+def _decompressed(raw: IO[bytes], codec: str | None) -> Any:
+    if codec == "gzip":
+        return igzip.IGzipFile(fileobj=raw, mode="rb")
+    return pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec) if codec else raw
 
 
 def is_url(path: str) -> bool:
