@@ -250,6 +250,10 @@ def _eval_tasks(line: Line, arguments: argparse.Namespace) -> None:
     line.eval_tasks(arguments.name)
 
 
+def _export(line: Line, arguments: argparse.Namespace) -> None:
+    line.export(arguments.format, arguments.stage, arguments.out)
+
+
 def _run_line(line: Line, arguments: argparse.Namespace) -> None:
     line.run()
     _say_next(line, arguments)
@@ -380,7 +384,15 @@ _VERBS = {
         name={"help": "as this one of run.rankings ranks; the first one otherwise"},
         split=_SPLIT,
     ),
-    "run": _Verb(_run_line, "all of the above but eval_tasks, in a row", f"run {_RUN}", split=_SPLIT),
+    "export": _Verb(
+        _export,
+        "checkpoint → a model to serve, or a T5X checkpoint, with its model card",
+        f"export {_RUN} --format=saved_model",
+        format={"required": True, "choices": ("saved_model", "jax", "t5x"), "help": "TensorFlow, jax.export or T5X"},
+        stage={"help": "stage1 or stage2; the run's last one otherwise"},
+        out={"metavar": "DIR", "help": "a folder that is not there yet; exports/FORMAT of the run folder otherwise"},
+    ),
+    "run": _Verb(_run_line, "all of the above but eval_tasks and export, in a row", f"run {_RUN}", split=_SPLIT),
     "compile": _Verb(
         _compile,
         "a stage's training step → does it fit a TPU slice, with no TPU here",

@@ -39,6 +39,7 @@ MODULES = (
     "calrec_jax.baselines.sasrec",
     "calrec_jax.baselines.train",
     "calrec_jax.evaluate.run",
+    "calrec_jax.export.run",
     "calrec_jax.pipeline",
 )
 TENSORFLOW_CONFIGURABLES = ("eval_tasks",)

@@ -54,6 +54,10 @@ class RunLayout:
         """What `calrec eval_tasks` decodes and measures as the ranking named `name`."""
         return self.root / "eval_tasks" / f"{split}-{name}"
 
+    def export(self, format: str) -> pathlib.Path:
+        """What `calrec export` writes for serving, or for T5X."""
+        return self.root / "exports" / format
+
     @property
     def timing(self) -> pathlib.Path:
         """Seconds of each step, added up over resumed runs."""

@@ -40,6 +40,7 @@ _PASSED = {
     "rank": ("out", "dataset", "completions", "split", "baseline"),
     "sasrec": ("out", "dataset"),
     "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
+    "export": ("out", "format", "origin", "dataset", "tokenizer"),
 }
 
 
@@ -334,6 +335,38 @@ class Line:
                 decode_scope=names[name],
                 rank_scope=name,
             )
+
+    def export(self, format: str, stage: str | None = None, out: str | None = None) -> None:
+        """Writes a stage, the last one by default, for serving or for T5X; see `calrec_jax.export.run.export`.
+
+        Args:
+          format: "saved_model", "jax" or "t5x".
+          stage: of `stages`.
+          out: folder; None is `exports/<format>/` of the run folder.
+        """
+        from calrec_jax.export.card import Origin
+        from calrec_jax.export.run import export
+
+        if not self.stages:
+            raise CalrecError("run.stages is empty, so there is no checkpoint to export")
+        if stage is not None and stage not in self.stages:
+            raise CalrecError(f"--stage={stage} is not in run.stages, which has {', '.join(self.stages)}")
+        stages = self.stages[: self.stages.index(stage) + 1] if stage is not None else self.stages
+        names = self.all_categories if "stage1" in stages else (self.target,)
+        rankings = {
+            name: (self.layout.ranking(self.split, name), self.layout.completions(self.split, decode))
+            for name, decode in self.rankings.items()
+            if decode is not None
+        }
+        origin = Origin(
+            [self.layout.stage(name) for name in stages],
+            [self.layout.dataset(name) for name in names],
+            rankings,
+            self.layout.report(self.split),
+        )
+        folder = pathlib.Path(out).expanduser() if out is not None else self.layout.export(format)
+        with self.step(f"export {format}", folder):
+            export(folder, format, origin, self._dataset(self.target), self.layout.tokenizer)
 
     def steps(self) -> list[Callable[[], None]]:
         """The whole line, in order."""

@@ -8,6 +8,7 @@ since SeqIO compares and copies vocabularies by their arguments.
 
 import functools
 import pathlib
+from typing import Any
 
 import numpy as np
 import seqio
@@ -23,6 +24,29 @@ _SPACE = "▁"  # U+2581
 def _load(folder: str, manifest_hash: str) -> Tokenizer:
     del manifest_hash  # a tokenizer made anew in the same folder is another one
     return Tokenizer.load(folder)
+
+
+def encode_in_graph(tokenizer: Any, space_ids: np.ndarray, texts: tf.Tensor) -> tf.RaggedTensor:
+    """Token ids of texts, as `Tokenizer.encode_many` gives them.
+
+    Args:
+      tokenizer: TensorFlow Text's, of the same model (`CalrecVocabulary.tf_tokenizer`).
+      space_ids: `CalrecVocabulary.space_ids`.
+      texts: string [N].
+
+    Returns:
+      RaggedTensor [N, (tokens)] int32.
+    """
+    parts = tf.strings.split(texts, _SPACE)  # [N, (parts)]; one part where the character does not occur
+    ids = tokenizer.tokenize(parts.flat_values)
+    spaces_of = tf.constant(space_ids, tf.int32)
+    splits = parts.row_splits
+    is_first = tf.scatter_nd(splits[:-1, None], tf.ones_like(splits[:-1]), tf.shape(parts.flat_values, tf.int64))
+    before = tf.where(is_first > 0, tf.zeros_like(is_first), tf.size(spaces_of, tf.int64))
+    count = tf.reduce_sum(before) // tf.size(spaces_of, tf.int64)
+    spaces = tf.RaggedTensor.from_row_lengths(tf.tile(spaces_of, count[None]), before)
+    joined = tf.concat([spaces, tf.cast(ids, tf.int32)], axis=1)
+    return tf.RaggedTensor.from_row_splits(joined.flat_values, tf.gather(joined.row_splits, splits))
 
 
 class CalrecVocabulary(seqio.SentencePieceVocabulary):
@@ -84,19 +108,11 @@ class CalrecVocabulary(seqio.SentencePieceVocabulary):
         return encoded.flat_values if s.shape.rank == 0 else encoded
 
     def _encode_many_tf(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        parts = tf.strings.split(texts, _SPACE)  # [N, (parts)]; one part where the character does not occur
-        ids = self.tf_tokenizer.tokenize(parts.flat_values)
-        space_ids = tf.constant(self._space_ids, tf.int32)
-        splits = parts.row_splits
-        is_first = tf.scatter_nd(splits[:-1, None], tf.ones_like(splits[:-1]), tf.shape(parts.flat_values, tf.int64))
-        before = tf.where(is_first > 0, tf.zeros_like(is_first), tf.size(space_ids, tf.int64))
-        count = tf.reduce_sum(before) // tf.size(space_ids, tf.int64)
-        spaces = tf.RaggedTensor.from_row_lengths(tf.tile(space_ids, count[None]), before)
-        joined = tf.concat([spaces, tf.cast(ids, tf.int32)], axis=1)
-        return tf.RaggedTensor.from_row_splits(joined.flat_values, tf.gather(joined.row_splits, splits))
+        return encode_in_graph(self.tf_tokenizer, self.space_ids, texts)
 
     @functools.cached_property
-    def _space_ids(self) -> np.ndarray:
+    def space_ids(self) -> np.ndarray:
+        """Ids of the character U+2581, which is encoded as its bytes."""
         return np.asarray(self.calrec_tokenizer.encode(_SPACE), np.int32)
 
     def __eq__(self, other: object) -> bool:

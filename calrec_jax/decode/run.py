@@ -110,7 +110,7 @@ def decode(
     modes.check(settings)
     process = _process(process_index, process_count)
     config, params, facts = load_checkpoint(checkpoint)
-    _check_inputs(checkpoint, facts, dataset, tokenizer)
+    check_inputs(checkpoint, facts, dataset, tokenizer)
     if prompts is not None:
         settings["prompts"] = prompts.fingerprint
     if "max_new_tokens" in settings and max_new_tokens is None:
@@ -209,7 +209,7 @@ def history_budget(facts: dict[str, Any], catalogue: TokenCatalogue) -> int:
     return budget if row_tokens is None else min(budget, int(row_tokens) - int(catalogue.lengths.max()) - 1)
 
 
-def _check_inputs(checkpoint: Path, facts: dict[str, Any], dataset: Dataset, tokenizer: Tokenizer) -> None:
+def check_inputs(checkpoint: Path, facts: dict[str, Any], dataset: Dataset, tokenizer: Tokenizer) -> None:
     """Tokenizer and template must be the checkpoint's; a catalogue it has never seen is welcome."""
     if "template" not in facts:
         raise CalrecError(f"{checkpoint}: was imported and not trained yet; name it in run.init_from and train a stage")
