@@ -68,6 +68,9 @@ class Line:
       split: "validation" or "test"; what is decoded, ranked and evaluated.
       init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run. Its
         tokenizer is the run's, too; none is trained.
+      candidates: name of a decode of mode "score" to the ranking of `rankings` whose first items it scores.
+      validate: whether `calrec run` does the validation split before the test split, for what is fitted there.
+      validation_users: how many users of the validation split are decoded, ranked and evaluated; None is all.
     """
 
     run_dir: str
@@ -83,6 +86,9 @@ class Line:
     baselines: tuple[str, ...] = ()
     split: str = "test"
     init_from: str | None = None
+    candidates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    validate: bool = False
+    validation_users: int | None = None
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -95,6 +101,16 @@ class Line:
                 raise CalrecError(
                     f"run.rankings: {name} ranks the decode {decode!r}, and run.decodes has {self.decodes}"
                 )
+        for decode, ranking in self.candidates.items():
+            places = {name: place for place, name in enumerate(self.rankings)}
+            users = [name for name, own in self.rankings.items() if own == decode]
+            if decode not in self.decodes or ranking not in places:
+                raise CalrecError(
+                    f"run.candidates: {decode} is to score the ranking {ranking!r}; run.decodes has {self.decodes}, and "
+                    f"run.rankings {tuple(self.rankings)}"
+                )
+            if any(places[name] <= places[ranking] for name in users):
+                raise CalrecError(f"run.rankings: {ranking} must stand before {users}, which rank what {decode} scores")
         both = sorted({name for name in self.baselines if self.baselines.count(name) > 1 or name in self.rankings})
         if both:
             raise CalrecError(f"run.baselines: {', '.join(both)} would be ranked twice (run.rankings counts, too)")
@@ -134,6 +150,8 @@ class Line:
             config.check_scopes(scopes, selector)
         for selector, parameters in _PASSED.items():
             config.check_not_bound(selector, parameters, _FROM_LINE)
+        if self.candidates:
+            config.check_not_bound("decode", ("candidates",), "run.candidates says what is scored")
 
     # The steps.
 
@@ -189,7 +207,10 @@ class Line:
         out = self.layout.completions(self.split, name)
         with self.step(f"decode {self.split}-{name}", out), gin.config_scope(name):
             checkpoint = self.layout.stage(self.stages[-1])
-            decode(out, self._dataset(self.target), self._tokenizer(), checkpoint, split=self.split)
+            own: dict[str, Any] = {"max_users": self.validation_users} if self._part else {}
+            if name in self.candidates:
+                own["candidates"] = str(self.layout.ranking(self.split, self.candidates[name]))
+            decode(out, self._dataset(self.target), self._tokenizer(), checkpoint, split=self.split, **own)
 
     def rank(self, name: str) -> None:
         """Turns completions into a ranking of the catalogue."""
@@ -200,7 +221,8 @@ class Line:
         completions = self.layout.completions(self.split, decode) if decode is not None else None
         out = self.layout.ranking(self.split, name)
         with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
-            rank(out, self._dataset(self.target), completions, split=self.split)
+            own = {"missing": "skip"} if self._part else {}
+            rank(out, self._dataset(self.target), completions, split=self.split, **own)
 
     def baseline(self, name: str) -> None:
         """Trains a baseline of `baselines`, and ranks the catalogue by it."""
@@ -287,6 +309,7 @@ class Line:
                 rankings,
                 split=self.split,
                 oracle=oracle if self.split == "test" and oracle.exists() else None,
+                **({"users": "ranked"} if self._part else {}),
             )
 
     def evaluate_files(self, arguments: Sequence[str]) -> None:
@@ -374,19 +397,37 @@ class Line:
             *(functools.partial(self.prepare, category) for category in self.all_categories),
             *([self.vocab] if self.stages else []),  # nothing else reads the tokenizer
             *(functools.partial(self.train, stage) for stage in self.stages),
-            *(functools.partial(self.decode, name) for name in self.decodes),
-            *(functools.partial(self.rank, name) for name in self.rankings),
+            *self.steps_after_training(),
+        ]
+
+    def steps_after_training(self) -> list[Callable[[], None]]:
+        """Decodes, rankings, baselines and report; a decode that scores a ranking comes after it."""
+        decodes = {name: functools.partial(self.decode, name) for name in self.decodes}
+        steps = [decodes.pop(name) for name in self.decodes if name not in self.candidates]
+        for name, decode in self.rankings.items():
+            steps += [decodes.pop(decode)] if decode in decodes else []
+            steps.append(functools.partial(self.rank, name))
+        return [
+            *steps,
+            *decodes.values(),
             *(functools.partial(self.baseline, name) for name in self.baselines),
             self.evaluate,
         ]
 
     def run(self) -> None:
         """Runs the line, which ends in the report's table, and prints what was made and the seconds of each step."""
+        if self.validate and self.split == "test":
+            dataclasses.replace(self, split="validation").run()
         for step in self.steps():
             step()
         print_summary(self.layout, self.split)
 
     # What the steps read.
+
+    @property
+    def _part(self) -> bool:
+        """Whether only a part of the split's users is decoded."""
+        return self.split == "validation" and self.validation_users is not None
 
     def _dataset(self, name: str) -> Dataset:
         return _load_dataset(self.layout.dataset(name))

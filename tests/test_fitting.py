@@ -32,7 +32,8 @@ def rankings(tmp_path_factory, dataset):
 
 def gather(rankings, dataset, **options):
     readers = {name: RankingReader(rankings / f"validation-{name}", dataset) for name in NAMES}
-    return fitting.gather(readers, Histories(dataset, "validation").targets, **options)
+    histories = Histories(dataset, "validation")
+    return fitting.gather(readers, histories.users, histories.targets[histories.users], **options)
 
 
 def ndcg_of(folder, dataset):

@@ -25,6 +25,7 @@ from calrec_jax import artifacts
 from calrec_jax.compiled import compiled
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
+from calrec_jax.rank import pruning
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every index at DEBUG, whatever the root's level
 
@@ -32,6 +33,9 @@ _TOKEN = re.compile(r"\w+")
 # NFKC would write these as letters and glue them to the word before: Gorilla™ → gorillatm.
 _MARKS = str.maketrans({"™": " ", "℠": " "})
 NORMALIZATIONS = ("nfkc", "lower")
+KIND = "bm25_index"
+_ROWS = ("most", "row_starts", "row_words", "row_data", "common_of", "common_scale", "common")  # beside bm25s' own
+_MOST_WORST = 4096
 
 
 @gin.configurable
@@ -140,6 +144,7 @@ class BM25Index:
         self._data = np.ascontiguousarray(index.scores["data"], np.float32)
         self._indices = np.ascontiguousarray(index.scores["indices"], np.int32)
         self._indptr = np.ascontiguousarray(index.scores["indptr"], np.int64)
+        self._worst: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def without_words(self) -> np.ndarray:
@@ -151,6 +156,13 @@ class BM25Index:
         vocabulary = self.bm25s.vocab_dict
         return [vocabulary[token] for token in self.tokenizer(text) if token in vocabulary]
 
+    def _words(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of all texts, flat, and where each text's begin: int64."""
+        ids = [self.token_ids(text) for text in texts]
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(row) for row in ids], out=starts[1:])
+        return np.fromiter((token for row in ids for token in row), np.int64, starts[-1]), starts
+
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Scores each text against every item.
 
@@ -160,37 +172,117 @@ class BM25Index:
         Returns:
           [N, I] float32, equal to `bm25s.BM25.get_scores` of the same tokens.
         """
-        ids = [self.token_ids(text) for text in texts]
-        starts = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(row) for row in ids], out=starts[1:])
-        tokens = np.fromiter((token for row in ids for token in row), np.int64, starts[-1])
-        scores = np.zeros((len(ids), self.num_items), np.float32)
+        tokens, starts = self._words(texts)
+        scores = np.zeros((len(texts), self.num_items), np.float32)
         _add_token_scores(self._data, self._indices, self._indptr, tokens, starts, scores)
         return scores
 
-    def save(self, folder: pathlib.Path) -> None:
-        """Writes the index in bm25s' own files with the tokenizer's settings beside them, the folder as a whole.
+    @functools.cached_property
+    def _postings(self) -> pruning.Postings:
+        return pruning.Postings.of(self._data, self._indices, self._indptr, self.num_items)
+
+    def best(self, texts: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best items of each text, without scoring the whole catalogue, and exactly those that `scores` gives.
+
+        Args:
+          texts: [N].
+          k: how many; 1 or more. A k above the number of matching items gives these.
+
+        Returns:
+          items: int32, for each text every item whose score is positive and not below its k-th best: best first, ties
+          in the order of the catalogue, those with the k-th all there. A text that matches nothing has none. scores:
+          float32, as `scores` has them. ends: [N + 1] int64, text n's items are `[ends[n], ends[n + 1])`.
+
+        Raises:
+          CalrecError: k is below 1.
+        """
+        if k < 1:
+            raise CalrecError(f"the number of best items is {k}: it must be at least 1")
+        words, starts = self._words(texts)
+        return pruning.best_items(
+            self._postings, words.astype(np.uint32), starts, min(k, self.num_items), k <= pruning.MOST_PRUNED
+        )
+
+    def lowest(self, texts: Sequence[str]) -> np.ndarray:
+        """[N] float32: the least score that each text gives any item; above 0 where every item has one of its words."""
+        least = np.empty(len(texts), np.float32)
+        slot_of = np.full(len(self._indptr) - 1, -1, np.int32)
+        for row, text in enumerate(texts):
+            words = np.array(self.token_ids(text), np.uint32)
+            items, bounds = self._worst_items(words)
+            least[row] = pruning.lowest_score(self._postings, words, items, bounds, slot_of)
+            if least[row] < 0:
+                least[row] = self.scores([text])[0].min()
+        return least
+
+    def _worst_items(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items that might have the least score, and bounds of it (`pruning.lowest_score`).
+
+        Words that all items have decide who is last; without any, items with few words are likely to score 0.
+        """
+        everywhere = words[np.diff(self._indptr)[words] == self.num_items]
+        key = tuple(sorted(everywhere.tolist()))
+        if key not in self._worst:
+            bounds = np.zeros(self.num_items)
+            for word in key:
+                own = slice(self._indptr[word], self._indptr[word + 1])
+                bounds[self._indices[own]] += self._data[own]
+            second = np.diff(self._postings.row_starts.view(np.int64))
+            by = np.lexsort((second, bounds))[:_MOST_WORST]
+            # float32 sums in another order: no score is less than this
+            self._worst[key] = by, bounds[by] * (1.0 - 1e-5)
+        return self._worst[key]
+
+    def save(self, folder: pathlib.Path, dataset_hash: str) -> None:
+        """Writes the index: bm25s' own files, the rows of items, the tokenizer's settings and a manifest.
+
+        Args:
+          folder: must not exist; it appears as a whole.
+          dataset_hash: of the dataset whose texts are indexed.
 
         Raises:
           CalrecError: the folder exists or cannot be written.
         """
+        settings = dataclasses.asdict(self.tokenizer)
         with artifacts.atomic_folder(folder) as temporary:
-            self.bm25s.save(temporary, corpus=None)
-            artifacts.write_json(temporary / "tokenizer.json", dataclasses.asdict(self.tokenizer))
+            self.bm25s.save(temporary, corpus=None, show_progress=False)
+            for name in _ROWS:
+                np.save(temporary / f"{name}.npy", getattr(self._postings, name))
+            artifacts.write_json(temporary / "tokenizer.json", settings)
+            artifacts.write_manifest(
+                temporary,
+                kind=KIND,
+                made_from={"dataset": dataset_hash},
+                settings=settings,
+                items=self.num_items,
+                files=artifacts.hash_files(sorted(path for path in temporary.iterdir())),
+            )
 
     @classmethod
-    def load(cls, folder: pathlib.Path, *, mmap: bool = True) -> "BM25Index":
-        """Reads what `save` wrote; memory-mapped, so that processes share one copy.
+    def load(cls, folder: pathlib.Path, dataset_hash: str, *, check: bool = True) -> "BM25Index":
+        """Reads what `save` wrote, memory-mapped, so that processes share one copy of all but the vocabulary.
+
+        Args:
+          folder: of the index.
+          dataset_hash: of the dataset that is to be searched.
+          check: whether to compare the files with the hashes in the manifest; one of several processes is enough.
 
         Raises:
-          CalrecError: the folder holds no index or a damaged one.
+          CalrecError: the folder holds no index, a damaged one (the file is named), or another dataset's.
         """
-        settings = artifacts.read_json(pathlib.Path(folder) / "tokenizer.json")
+        folder = pathlib.Path(folder)
+        manifest = artifacts.read_manifest(folder, kind=KIND)
+        if manifest["made_from"].get("dataset") != dataset_hash:
+            raise CalrecError(f"{folder} indexes another dataset than the one to search; delete it and make it again")
+        if check:
+            artifacts.check_files(folder, manifest)
         try:
-            tokenizer = BM25Tokenizer(**settings)
-            index = bm25s.BM25.load(folder, load_corpus=False, mmap=mmap)
+            tokenizer = BM25Tokenizer(**artifacts.read_json(folder / "tokenizer.json"))
+            index = bm25s.BM25.load(folder, load_corpus=False, mmap=True)
+            rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ROWS}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CalrecError(f"{folder} is not a BM25 index ({error}); delete it and make it again") from error
         self = cls.__new__(cls)
         self._adopt(index, tokenizer)
+        self._postings = pruning.Postings(self._data, self._indices, self._indptr, **rows).frozen()
         return self

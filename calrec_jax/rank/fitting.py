@@ -34,11 +34,14 @@ class Candidates:
     gains: np.ndarray
 
 
-def gather(readers: Mapping[str, RankingReader], targets: np.ndarray, first_places: int = FIRST_PLACES) -> Candidates:
-    """Reads the candidates of all users.
+def gather(
+    readers: Mapping[str, RankingReader], users: np.ndarray, targets: np.ndarray, first_places: int = FIRST_PLACES
+) -> Candidates:
+    """Reads the candidates of users.
 
     Args:
-      readers: name of a ranking to its shards; each must list every user.
+      readers: name of a ranking to its shards; each must list every one of the users.
+      users: [U] rows of the dataset.
       targets: [U] the item to predict.
       first_places: of each ranking whose items compete.
 
@@ -47,13 +50,12 @@ def gather(readers: Mapping[str, RankingReader], targets: np.ndarray, first_plac
     """
     blocks, counts = [], []
     for at in range(0, len(targets), _USERS_A_BLOCK):
-        users = np.arange(at, min(at + _USERS_A_BLOCK, len(targets)))
-        lists = [reader.rows(users) for reader in readers.values()]
+        lists = [reader.rows(users[at : at + _USERS_A_BLOCK]) for reader in readers.values()]
         ranks = [one.mean_ranks() for one in lists]
-        for row, user in enumerate(users):
+        for row, target in enumerate(targets[at : at + _USERS_A_BLOCK]):
             first = [one.items[row, :first_places] for one in lists]
-            others = np.setdiff1d(np.concatenate(first), [-1, targets[user]])
-            items = np.concatenate([[targets[user]], others])
+            others = np.setdiff1d(np.concatenate(first), [-1, target])
+            items = np.concatenate([[target], others])
             gains = np.zeros((len(items), len(lists)))
             for column, (one, rank) in enumerate(zip(lists, ranks, strict=True)):
                 listed = (one.items[row] >= 0) & (one.scores[row] > -np.inf)

@@ -12,6 +12,7 @@ import numpy as np
 
 from calrec_jax.compiled import compiled
 
+_SELECT_FIRST = 4  # lists this many times shorter than the catalogue are selected before they are sorted
 _TINY = np.float32(np.finfo(np.float32).tiny)  # below it lie the subnormals, which some libraries take for zero
 
 
@@ -106,13 +107,35 @@ def order(scores: Scores, depth: int | None = None) -> Ordered:
       scores: of B users over I items.
       depth: length of the lists; None or more than I: the whole catalogue.
     """
+    num_items = scores.primary.shape[1]
+    depth = min(depth or num_items, num_items)
+    if depth * _SELECT_FIRST <= num_items and len(scores.primary):
+        return _order_of_the_first(scores, depth)
     items, written = _sorted(scores)
-    depth = min(depth or items.shape[1], items.shape[1])
     sources = np.full((len(items), depth), -1, np.int16)
     if scores.sources is not None:
         sources = np.take_along_axis(scores.sources, items[:, :depth], axis=1).astype(np.int16)
     beyond = (written[:, depth:] == written[:, depth - 1 : depth]).sum(axis=1, dtype=np.int32)
     return Ordered(items[:, :depth], written[:, :depth], sources, beyond)
+
+
+def _order_of_the_first(scores: Scores, depth: int) -> Ordered:
+    """`order` that sorts only what is not below the place at the depth; the same, since a list depends on no more."""
+    lists = []
+    for row, primary in enumerate(scores.primary):
+        limit = np.partition(primary, len(primary) - depth)[len(primary) - depth]
+        if np.isnan(primary).any():
+            raise ValueError("scores hold NaN, which has no place in an order")
+        kept = np.flatnonzero(primary >= limit)
+        secondary = scores.secondary
+        if secondary is not None:
+            secondary = secondary[row if len(secondary) > 1 else 0, kept][None]
+        items, written = _sorted(Scores(primary[kept][None], secondary))
+        first = kept[items[0, :depth]]
+        sources = np.full(depth, -1, np.int16) if scores.sources is None else scores.sources[row, first]
+        beyond = np.int32((written[0, depth:] == written[0, depth - 1]).sum())
+        lists.append((first.astype(np.int32), written[0, :depth], sources.astype(np.int16), beyond))
+    return Ordered(*(np.stack(parts) for parts in zip(*lists, strict=True)))
 
 
 def written_scores(scores: Scores) -> np.ndarray:

@@ -6,12 +6,14 @@ scales to 1, so the texts' first choices come first, in the model's own order; s
 
 Notable: a user's repeated texts count once, with their best S. A text that matches nothing, or everything alike, scales
 to zero: it contributes nothing, and a user all of whose texts do so has all items tied. Each distinct text is scored
-once over all users as long as the texts still to be used fit the bank's memory.
+once over all users as long as the texts still to be used fit the bank's memory. Lists much shorter than the catalogue
+are made by `first_places.py`, which gives the same without scoring all items.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+import gin
 import numpy as np
 
 from calrec_jax.compiled import compiled
@@ -22,7 +24,35 @@ from calrec_jax.rank.ordering import Scores
 EPSILON = 1 / 5000
 BANK_BYTES = 512 * 2**20
 SCORE_KINDS = ("sum", "mean")
+SCALINGS = ("min_max", "max", "none")
+TIES = ("first_choices", "none")
+REPEATS = ("once", "all")
 MOST_COMPLETIONS = int(np.iinfo(np.int16).max)  # of a user: `sources` of a ranking are int16
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class RoundRobinConfig:
+    """What the paper leaves open.
+
+    Attributes:
+      scaling: of a text's BM25 scores over all items: "min_max" to [0, 1], "max" (divided by the greatest), or "none".
+      ties: what decides between items of the same score: "first_choices", how many of the user's texts have the item as
+        their best match, or "none".
+      repeats: whether a text that the user has several times counts "once" as a first choice, or "all" times.
+      exact_text_first: whether items whose text a completion repeats to the letter are its only best match; BM25
+        may find others as good, or better.
+    """
+
+    scaling: str = "min_max"
+    ties: str = "first_choices"
+    repeats: str = "once"
+    exact_text_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("scaling", SCALINGS), ("ties", TIES), ("repeats", REPEATS)):
+            if getattr(self, name) not in known:
+                raise CalrecError(f"RoundRobinConfig.{name} is {getattr(self, name)!r}: choose one of {list(known)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +65,7 @@ class UserTexts:
       codes: int32, index into `texts`.
       scores: float64, S of the text (its best, where the user has it more than once).
       completions: int16, which of the user's completions it is.
+      counts: int32, how often the user has the text.
     """
 
     texts: list[str]
@@ -42,6 +73,7 @@ class UserTexts:
     codes: np.ndarray
     scores: np.ndarray
     completions: np.ndarray
+    counts: np.ndarray
 
     @classmethod
     def of(
@@ -106,11 +138,30 @@ class UserTexts:
         by = np.lexsort((places, -values, codes, users))
         repeated = np.zeros(len(by), bool)
         repeated[1:] = (users[by][1:] == users[by][:-1]) & (codes[by][1:] == codes[by][:-1])
+        counts = np.diff(np.append(np.flatnonzero(~repeated), len(by)))
         by = by[~repeated]
-        by = by[np.lexsort((places[by], -values[by], users[by]))]
+        best_first = np.lexsort((places[by], -values[by], users[by]))
+        by, counts = by[best_first], counts[best_first].astype(np.int32)
         starts = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(np.bincount(users[by], minlength=len(lengths)), out=starts[1:])
-        return cls(texts, starts, codes[by].astype(np.int32), values[by], places[by].astype(np.int16))
+        return cls(texts, starts, codes[by].astype(np.int32), values[by], places[by].astype(np.int16), counts)
+
+    def of_user(self, user: int) -> slice:
+        """Where a user's texts are in the flat arrays."""
+        return slice(self.starts[user], self.starts[user + 1])
+
+
+class ExactTexts:
+    """Items by their text, for `RoundRobinConfig.exact_text_first`."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._items: dict[str, list[int]] = {}
+        for item, text in enumerate(texts):
+            self._items.setdefault(text, []).append(item)
+
+    def items(self, text: str) -> np.ndarray:
+        """[items] int32, those with this text, ascending."""
+        return np.array(self._items.get(text, ()), np.int32)
 
 
 def check_count(lengths: np.ndarray, setting: str) -> None:
@@ -135,10 +186,18 @@ class TextBank:
       num_scored: how many texts were scored so far.
     """
 
-    def __init__(self, index: BM25Index, user_texts: UserTexts, num_bytes: int = BANK_BYTES):
+    def __init__(
+        self,
+        index: BM25Index,
+        user_texts: UserTexts,
+        num_bytes: int = BANK_BYTES,
+        exact: ExactTexts | None = None,
+    ):
+        """Texts that `exact` knows score a little more at its items than anywhere else."""
         most = int(np.diff(user_texts.starts).max(initial=1))
         self.index = index
         self.user_texts = user_texts
+        self._exact = exact
         self.num_slots = max(most, min(len(user_texts.texts), num_bytes // (4 * index.num_items)))
         self.num_scored = 0
         self._rows = np.empty((self.num_slots, index.num_items), np.float32)
@@ -159,7 +218,11 @@ class TextBank:
             self._evict(wanted, len(new) - len(self._free))
         slots, self._free = self._free[: len(new)], self._free[len(new) :]
         self._slot_of[new] = slots
-        self._rows[slots] = self.index.scores([self.user_texts.texts[code] for code in new])
+        texts = [self.user_texts.texts[code] for code in new]
+        self._rows[slots] = self.index.scores(texts)
+        for slot, text in zip(slots, texts if self._exact else (), strict=False):
+            assert self._exact is not None
+            self._rows[slot, self._exact.items(text)] = above(self._rows[slot].max())
         self.num_scored += len(new)
         return self._rows, self._slot_of[codes]
 
@@ -178,8 +241,28 @@ class TextBank:
         self._slot_of[codes] = -1
 
 
+def above(score: np.float32) -> np.float32:
+    """The next greater score."""
+    return np.nextafter(np.float32(score), np.float32(np.inf))
+
+
 @compiled
-def _combine(rows, slots, weights, completions, starts, best, first_choices, sources):  # pragma: no cover (compiled)
+def span_of(scaling, low, high):  # pragma: no cover (compiled)
+    """What is taken off a text's scores, and what they are then divided by; 0 where it contributes nothing.
+
+    `scaling` is a place in `SCALINGS`; low and high are the text's least and greatest scores over all items.
+    """
+    if scaling == 0:
+        return np.float64(low), np.float64(high) - np.float64(low)
+    if scaling == 1:
+        return 0.0, np.float64(high)
+    return 0.0, 1.0 if high > 0 else 0.0
+
+
+@compiled
+def _combine(
+    rows, slots, weights, counts, completions, starts, scaling, best, first_choices, sources
+):  # pragma: no cover (compiled)
     num_items = rows.shape[1]
     for user in range(len(starts) - 1):
         for text in range(starts[user], starts[user + 1]):
@@ -189,16 +272,16 @@ def _combine(rows, slots, weights, completions, starts, best, first_choices, sou
             for item in range(num_items):
                 low = min(low, row[item])
                 high = max(high, row[item])
-            if high <= low:
+            base, span = span_of(scaling, low, high)
+            if span <= 0.0:
                 continue
-            span = np.float64(high) - np.float64(low)
             for item in range(num_items):
-                value = weights[text] * ((np.float64(row[item]) - np.float64(low)) / span)
+                value = weights[text] * ((np.float64(row[item]) - base) / span)
                 if value > best[user, item]:
                     best[user, item] = value
                     sources[user, item] = completions[text]
                 if row[item] == high:
-                    first_choices[user, item] += 1.0
+                    first_choices[user, item] += counts[text]
 
 
 class RoundRobin:
@@ -210,12 +293,44 @@ class RoundRobin:
       epsilon: ε; 0 makes all texts equal.
     """
 
-    def __init__(self, index: BM25Index, user_texts: UserTexts, epsilon: float = EPSILON, bank_bytes: int = BANK_BYTES):
+    def __init__(
+        self,
+        index: BM25Index,
+        user_texts: UserTexts,
+        epsilon: float = EPSILON,
+        bank_bytes: int = BANK_BYTES,
+        config: RoundRobinConfig | None = None,
+        texts: Sequence[str] | None = None,
+    ):
+        """Prepares to score.
+
+        Args:
+          index: BM25 over the catalogue.
+          user_texts: the distinct texts of every user.
+          epsilon: ε of the paper.
+          bank_bytes: memory for the scores of texts that are used again.
+          config: what the paper leaves open.
+          texts: [I] those of the catalogue; for `exact_text_first` alone.
+
+        Raises:
+          CalrecError: `epsilon` is negative or no number.
+        """
         if not (np.isfinite(epsilon) and epsilon >= 0):
             raise CalrecError(f"epsilon is {epsilon}: it must be a number that is not negative (the paper has 1/5000)")
         self.user_texts = user_texts
         self.epsilon = epsilon
-        self.bank = TextBank(index, user_texts, bank_bytes)
+        self.config = config or RoundRobinConfig()
+        self.exact = ExactTexts(texts or ()) if self.config.exact_text_first else None
+        self.bank = TextBank(index, user_texts, bank_bytes, self.exact)
+
+    def weights(self, flat: np.ndarray | slice) -> np.ndarray:
+        """exp(ε·S) of texts, by their place in the flat arrays."""
+        return np.exp(self.epsilon * self.user_texts.scores[flat])
+
+    def first_choice_counts(self, flat: np.ndarray | slice) -> np.ndarray:
+        """What texts count for as a first choice, by their place in the flat arrays: float64."""
+        counts = self.user_texts.counts[flat].astype(np.float64)
+        return counts if self.config.repeats == "all" else np.ones_like(counts)
 
     def scores(self, users: np.ndarray) -> Scores:
         """Scores every item for these users; ask for each user once, or the bank scores texts again.
@@ -235,7 +350,7 @@ class RoundRobin:
         for at in range(0, len(users), self.bank.max_users):
             part = slice(at, at + self.bank.max_users)
             self._add(users[part], best[part], first_choices[part], sources[part])
-        return Scores(best, first_choices, sources)
+        return Scores(best, first_choices if self.config.ties == "first_choices" else None, sources)
 
     def _add(self, users: np.ndarray, best: np.ndarray, first_choices: np.ndarray, sources: np.ndarray) -> None:
         own = self.user_texts
@@ -244,8 +359,12 @@ class RoundRobin:
         flat = np.arange(starts[-1]) + np.repeat(own.starts[users] - starts[:-1], lengths)
         codes = own.codes[flat]
         rows, slots = self.bank.rows(codes)
-        weights = np.exp(self.epsilon * own.scores[flat])
-        _combine(rows, slots, weights, own.completions[flat], starts, best, first_choices, sources)
+        scaling = SCALINGS.index(self.config.scaling)
+        counts = self.first_choice_counts(flat)
+        completions = own.completions[flat]
+        _combine(
+            rows, slots, self.weights(flat), counts, completions, starts, scaling, best, first_choices, sources
+        )  # fmt: skip
         self.bank.release(codes)
 
 
@@ -257,6 +376,7 @@ def round_robin_scores(
     *,
     epsilon: float = EPSILON,
     score: str = "sum",
+    config: RoundRobinConfig | None = None,
 ) -> Scores:
     """Quasi-round-robin scores of users given as nested lists, all at once.
 
@@ -267,9 +387,10 @@ def round_robin_scores(
       num_tokens: as `texts`; needed for "mean".
       epsilon: ε of the paper.
       score: "sum" or "mean" of the log-probabilities.
+      config: what the paper leaves open; not `exact_text_first`, which needs a `RoundRobin`.
 
     Raises:
       CalrecError: a setting or a log-probability is not valid.
     """
     user_texts = UserTexts.of(texts, log_probs, num_tokens, score)
-    return RoundRobin(index, user_texts, epsilon).scores(np.arange(len(texts)))
+    return RoundRobin(index, user_texts, epsilon, config=config).scores(np.arange(len(texts)))

@@ -19,10 +19,11 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.rank import fitting, sources
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.completions import Completions
+from calrec_jax.rank.first_places import FirstPlaces
 from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
 from calrec_jax.rank.histories import Histories
-from calrec_jax.rank.ordering import order
-from calrec_jax.rank.round_robin import EPSILON, RoundRobin
+from calrec_jax.rank.ordering import Ordered
+from calrec_jax.rank.round_robin import EPSILON, RoundRobin, RoundRobinConfig
 from calrec_jax.rank.shards import RankingReader, RankingWriter
 from calrec_jax.rank.sources import LEAVE_OUT
 
@@ -70,11 +71,13 @@ def rank(
       score: S of a completion: "sum" (the paper) or "mean" of its tokens' log-probabilities.
       fill: a source from histories that decides what the source leaves tied; "none": ties stay ties.
       leave_out_history: items moved to the bottom: "none", the "last" of the history, or "all" of it.
-      missing: users without completions: "error", or "skip" them (an evaluation counts them as misses).
+      missing: users without completions, or whom a ranking that is fused lacks: "error", or "skip" them (an evaluation
+        counts them as misses).
       fuse: for "fusion": names of rankings beside `out` (without the split) to their weights.
       baseline: for "sasrec": folder of the trained model.
       fuse_weights: "given" (those of `fuse`), or "fit": the search for the best NDCG@10 on the validation split's
-        rankings of the same names begins with them (`rank.fitting`); what it finds is in the manifest.
+        rankings of the same names, over the users whom all of them rank, begins with them (`rank.fitting`); what it
+        finds is in the manifest.
 
     Returns:
       `out`.
@@ -104,6 +107,7 @@ def rank(
         "fuse": dict(fuse) if fuse else None,
         **({"fuse_weights": fuse_weights} if source == "fusion" else {}),
         "bm25": dataclasses.asdict(tokenizer),
+        **({"round_robin": dataclasses.asdict(RoundRobinConfig())} if source == "completions" else {}),
         **{name: own for name in dict.fromkeys([source, fill]) if (own := source_settings(name))},
     }
     if artifacts.is_done(out, kind=KIND, made_from=made_from, settings=settings):
@@ -122,9 +126,12 @@ def rank(
     elif source == "fusion":
         weights = dict(fuse or {})
         if fitted_on:
-            weights, facts["fit_ndcg@10"] = _fit(dataset, [folder for folder, _ in fitted_on.values()], weights)
+            weights, fitted = _fit(dataset, [folder for folder, _ in fitted_on.values()], weights)
+            facts |= fitted
         facts["weights"] = weights
         readers = [(RankingReader(folders[name], dataset), weight) for name, weight in weights.items()]
+        if missing == "skip":
+            users = _listed([reader for reader, _ in readers])
         ranked = sources.Fusion(readers, len(dataset.item_ids))
     else:
         ranked = from_histories(source, histories, dataset.texts, index)
@@ -138,7 +145,7 @@ def rank(
         print(f"calrec: {wordless.size} items have no word in their text, {first!r} first; they go to the bottom")
     cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
     with artifacts.atomic_folder(out) as temporary:
-        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history), cut, wordless)
+        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history, wordless), cut)
         artifacts.write_manifest(
             temporary,
             kind=KIND,
@@ -209,12 +216,25 @@ def _fitted_on(
 
 def _fit(
     dataset: Dataset, folders: Sequence[pathlib.Path], given: Mapping[str, float]
-) -> tuple[dict[str, float], float]:
-    """Weights by name that rank the validation targets best, and the NDCG@10 they reach there."""
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Weights by name that rank the validation targets best, and facts: the NDCG@10 they reach there, on how many."""
     readers = {name: RankingReader(folder, dataset) for name, folder in zip(given, folders, strict=True)}
-    candidates = fitting.gather(readers, Histories(dataset, "validation").targets)
+    users = _listed(list(readers.values()))
+    candidates = fitting.gather(readers, users, Histories(dataset, "validation").targets[users])
     weights, reached = fitting.fit(candidates, np.array(list(given.values()), np.float64))
-    return dict(zip(given, weights.tolist(), strict=True)), reached
+    return dict(zip(given, weights.tolist(), strict=True)), {"fit_ndcg@10": reached, "fit_users": len(users)}
+
+
+def _listed(readers: Sequence[RankingReader]) -> np.ndarray:
+    """The users whom all of these rank, ascending.
+
+    Raises:
+      CalrecError: there is none.
+    """
+    users = functools.reduce(np.intersect1d, [reader.users for reader in readers])
+    if not len(users):
+        raise CalrecError(f"no user is in all of the rankings {[str(reader.folder) for reader in readers]}")
+    return users
 
 
 def _inputs(
@@ -264,6 +284,10 @@ class _ByUser:
     def scores(self, users: np.ndarray) -> sources.Scores:
         return self._source.scores(self._row_of[users])
 
+    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
+        first = getattr(self._source, "first", None)
+        return None if first is None else first(self._row_of[users], depth, rows, items)
+
 
 def _from_completions(
     dataset: Dataset,
@@ -284,7 +308,8 @@ def _from_completions(
     loaded = Completions(folder, dataset, columns[source], missing, split)
     made: sources.Source
     if source == "completions":
-        made = RoundRobin(index(), loaded.user_texts(score), epsilon)
+        config = RoundRobinConfig()
+        made = FirstPlaces(RoundRobin(index(), loaded.user_texts(score), epsilon, config=config, texts=dataset.texts))
     else:
         made = loaded.constrained() if source == "constrained" else loaded.tower()
     return _ByUser(made, loaded.users, len(dataset.user_ids)), loaded.users
@@ -298,21 +323,11 @@ def _sasrec(dataset: Dataset, histories: Histories, split: str, folder: pathlib.
     return sources.Tower(*load_sasrec(folder, dataset, split), histories.popularity)
 
 
-def _write(
-    folder: pathlib.Path,
-    dataset: Dataset,
-    users: np.ndarray,
-    source: sources.Source,
-    depth: int,
-    wordless: np.ndarray,
-) -> None:
-    """Scores, orders and writes all users, block by block; `wordless` items go to the bottom."""
+def _write(folder: pathlib.Path, dataset: Dataset, users: np.ndarray, source: sources.LeftOut, depth: int) -> None:
+    """Ranks and writes all users, block by block."""
     # Blocks shrink with the catalogue: several float64 matrices of a block live at once.
     block = max(1, min(USERS_A_BLOCK, 2**23 // len(dataset.item_ids)))
     with RankingWriter(folder, dataset) as writer:
         for at in range(0, len(users), block):
             part = users[at : at + block]
-            scores = source.scores(part)
-            if wordless.size:
-                scores = scores.leave_out(np.repeat(np.arange(len(part)), wordless.size), np.tile(wordless, len(part)))
-            writer.write(part, order(scores, depth))
+            writer.write(part, source.lists(part, depth))

@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from calrec_jax.rank.histories import Histories
-from calrec_jax.rank.ordering import Scores, dense_ranks
+from calrec_jax.rank.ordering import Ordered, Scores, dense_ranks, order
 from calrec_jax.rank.shards import RankingReader
 
 UNLISTED = -1e9  # below any sum of log-probabilities
 RECIPROCAL_RANK_OFFSET = 60.0  # Cormack, Clarke and Büttcher, SIGIR 2009
+ITEMS_A_BLOCK = 2**16  # of vectors that are multiplied at once
+_SHORT = 4  # a list is short where the catalogue is this many times as long
 LEAVE_OUT = ("none", "last", "all")
 
 
@@ -27,22 +29,53 @@ class Source(Protocol):
 
 
 class LeftOut:
-    """Another source, with the last item of the user's history, or all of it, tied at the bottom."""
+    """Another source, with items tied at the bottom: the last one of the user's history or all of it, or some of all.
 
-    def __init__(self, source: Source, histories: Histories, which: str):
-        """`which` is one of `LEAVE_OUT`."""
+    A source that has a method `first(users, depth, rows, items)` makes short lists itself, without scores of the whole
+    catalogue; it may answer None, as for lists that are not short.
+    """
+
+    def __init__(self, source: Source, histories: Histories, which: str, everyone: np.ndarray | None = None):
+        """Keeps the source.
+
+        Args:
+          source: what ranks the others.
+          histories: of the users.
+          which: items of a user's history that are left out, one of `LEAVE_OUT`.
+          everyone: items that are left out for all users.
+        """
         self.source = source
         self.histories = histories
         self.which = which
+        self.everyone = np.zeros(0, np.int64) if everyone is None else everyone
 
     def scores(self, users: np.ndarray) -> Scores:
         """See `Source`."""
+        rows, items = self._items(users)
         scores = self.source.scores(users)
+        return scores.leave_out(rows, items) if len(rows) else scores
+
+    def lists(self, users: np.ndarray, depth: int) -> Ordered:
+        """Ranked lists of `users` ([B] rows of the dataset)."""
+        first = getattr(self.source, "first", None)
+        lists = first(users, depth, *self._items(users)) if first is not None else None
+        return order(self.scores(users), depth) if lists is None else lists
+
+    def _items(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in `users`, ascending, and the items they leave out."""
+        rows, items = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if self.which == "last":
             last = self.histories.last(users)
-            known = np.flatnonzero(last >= 0)
-            return scores.leave_out(known, last[known])
-        return scores.leave_out(*self.histories.of(users)) if self.which == "all" else scores
+            rows = np.flatnonzero(last >= 0)
+            items = last[rows]
+        elif self.which == "all":
+            rows, items = self.histories.of(users)
+        if len(self.everyone):
+            rows = np.concatenate([rows, np.repeat(np.arange(len(users)), len(self.everyone))])
+            items = np.concatenate([items, np.tile(self.everyone, len(users))])
+            by = np.argsort(rows, kind="stable")
+            rows, items = rows[by], items[by]
+        return rows, items
 
 
 class Tower:
@@ -51,14 +84,51 @@ class Tower:
     def __init__(self, users: np.ndarray, items: np.ndarray, popularity: np.ndarray | None = None):
         """Keeps the vectors of all users [U, D] and items [I, D], and [I] what decides ties (None: they stay)."""
         self.users = users
-        self.items = items.astype(np.float64)
+        self.items = items
         self.popularity = popularity
 
     def scores(self, users: np.ndarray) -> Scores:
         """See `Source`."""
+        secondary = None if self.popularity is None else self.popularity[None]
+        return Scores(self._products(users, slice(None)).astype(np.float64), secondary)
+
+    def _products(self, users: np.ndarray, block: slice) -> np.ndarray:
         # Rounded from float64, so that items with equal vectors tie whatever order the product is summed in.
-        products = (self.users[users].astype(np.float64) @ self.items.T).astype(np.float32)
-        return Scores(products.astype(np.float64), None if self.popularity is None else self.popularity[None])
+        return (self.users[users].astype(np.float64) @ self.items[block].astype(np.float64).T).astype(np.float32)
+
+    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
+        """See `LeftOut`: the catalogue is multiplied block by block, and of each user the best so far are kept."""
+        num_items = len(self.items)
+        if depth * _SHORT > num_items:
+            return None
+        limits = np.full(len(users), -np.inf, np.float32)
+        kept: list[list[np.ndarray]] = [[] for _ in users]
+        values: list[list[np.ndarray]] = [[] for _ in users]
+        waiting = np.zeros(len(users), np.int64)
+        for begin in range(0, num_items, ITEMS_A_BLOCK):
+            products = self._products(users, slice(begin, begin + ITEMS_A_BLOCK))
+            here = (items >= begin) & (items < begin + ITEMS_A_BLOCK)
+            products[rows[here], items[here] - begin] = -np.inf
+            for row, own in enumerate(products):
+                some = np.flatnonzero(own >= limits[row])
+                kept[row].append(some + begin)
+                values[row].append(own[some])
+                waiting[row] += len(some)
+                last = begin + ITEMS_A_BLOCK >= num_items
+                if waiting[row] >= 4 * depth or last:
+                    both, scores = np.concatenate(kept[row]), np.concatenate(values[row])
+                    if len(scores) > depth:
+                        limits[row] = np.partition(scores, len(scores) - depth)[len(scores) - depth]
+                        both, scores = both[scores >= limits[row]], scores[scores >= limits[row]]
+                    kept[row], values[row], waiting[row] = [both], [scores], len(both)
+        lists = [self._list(kept[row][0], values[row][0], depth) for row in range(len(users))]
+        return Ordered(*(np.concatenate(parts) for parts in zip(*lists, strict=True)))
+
+    def _list(self, items: np.ndarray, values: np.ndarray, depth: int) -> Ordered:
+        left_out = values == -np.inf  # tied with each other, whatever their popularity
+        secondary = None if self.popularity is None else np.where(left_out, 0.0, self.popularity[items])[None]
+        lists = order(Scores(values.astype(np.float64)[None], secondary), depth)
+        return lists._replace(items=items[lists.items].astype(np.int32))
 
 
 class Constrained:
