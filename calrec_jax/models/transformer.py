@@ -17,7 +17,7 @@ import flax.linen as nn
 import gin
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.models import attention
@@ -105,9 +105,17 @@ def _partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Ca
     return cast(Callable[..., jax.Array], nn.with_logical_partitioning(init, axes))
 
 
-def _placed(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """`x` with its rows where `rows` has them, and nothing else split; as it comes where that is None."""
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+def _placed(x: jax.Array, rows: NamedSharding | None, split: int | None = None) -> jax.Array:
+    """`x` with its rows where `rows` has them and, where it divides, dimension `split` over the mesh's axis "model".
+
+    Nothing else is split. Where `rows` is None, `x` as it comes.
+    """
+    if rows is None:
+        return x
+    if split is None or x.shape[split] % rows.mesh.shape["model"]:
+        return jax.lax.with_sharding_constraint(x, rows)
+    between = [None] * (split - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, PartitionSpec(*rows.spec, *between, "model")))
 
 
 class RMSNorm(nn.Module):
@@ -178,6 +186,7 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         query = self.query("...d,dhc->...hc", normed) * self.config.head_width**-0.5
         key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
+        query, key, value = (_placed(x, self.rows, split=2) for x in (query, key, value))
         query = attention.apply_rope(query, context["sin"], context["cos"])
         key = attention.apply_rope(key, context["sin"], context["cos"])
         kv: Any = None
@@ -199,9 +208,8 @@ class Block(nn.Module):
             )
         x = _placed(x + self.dropout(self.output("...hc,hcd->...d", mixed), deterministic=deterministic), self.rows)
         normed = self.mlp_norm(x)
-        hidden = ACTIVATIONS[self.config.activation](self.gate("...d,df->...f", normed)) * self.up(
-            "...d,df->...f", normed
-        )
+        gate, up = (_placed(part("...d,df->...f", normed), self.rows, split=2) for part in (self.gate, self.up))
+        hidden = ACTIVATIONS[self.config.activation](gate) * up
         x = x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic)
         return _placed(x, self.rows), kv
 

@@ -62,7 +62,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
     def whole(params: Any, batch: Batch, step: jax.Array) -> tuple[Metrics, Any]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
             hidden = activations(model, params, batch, rng(step))
-            return losses.calrec_loss(hidden, params["embedding"], batch, config)
+            return losses.calrec_loss(hidden, params["embedding"], batch, config, model.rows)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return metrics, grads
@@ -84,7 +84,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
             hidden = hidden_of(params, part, index)
             weights = losses.generation_weights(part, config)
             total = losses.weighted_token_loss(
-                hidden, params["embedding"], part["decoder_target_tokens"], weights, config.chunk
+                hidden, params["embedding"], part["decoder_target_tokens"], weights, config.chunk, model.rows
             )
             pulled = jax.tree.map(jnp.vdot, d_pooled, losses.pooled_towers(hidden, part))
             return config.generation * losses.mean_of(total, weight_sum) + sum(pulled), total
