@@ -118,7 +118,7 @@ def _by_device(function, rows: NamedSharding | None, results: int):
     Left to the partitioner, the loop over chunks sums the table's gradient over all devices at every turn. The mesh's
     other axes, over which the table may be split, stay the partitioner's.
     """
-    if rows is None:
+    if rows is None or rows.mesh.size == 1:
         return function
     axes, spec = rows.spec[0], PartitionSpec(rows.spec[0])
     names = {axes} if isinstance(axes, str) else set(axes)

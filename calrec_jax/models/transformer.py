@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
-from calrec_jax.models import attention
+from calrec_jax.models import attention, attention_kernels
 
 ACTIVATIONS = {"gelu": nn.gelu, "silu": nn.silu}
 REMAT_POLICIES = {
@@ -50,6 +50,8 @@ class TransformerConfig:
       remat: "none", "dots" (keep matrix products) or "full" (recompute a block in the backward pass).
       scan_layers: one traced block for all layers. False unrolls: slower to compile, faster for small models on CPU.
       attention_block: query places that attend together; see `attention.packed_attention`.
+      attention: of packed rows, "xla", "splash" (a kernel of TPUs), or "auto": the kernel on a TPU where rows divide
+        by 128 tokens.
     """
 
     embed_dim: int = 128
@@ -66,6 +68,7 @@ class TransformerConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention_block: int = 128
+    attention: str = "auto"
 
     def __post_init__(self):
         for name in ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "attention_block"):
@@ -83,6 +86,8 @@ class TransformerConfig:
             raise CalrecError(f"activation={self.activation!r}: must be one of {sorted(ACTIVATIONS)}")
         if self.remat not in ("none", *REMAT_POLICIES):
             raise CalrecError(f"remat={self.remat!r}: must be one of {['none', *sorted(REMAT_POLICIES)]}")
+        if self.attention not in attention_kernels.IMPLEMENTATIONS:
+            raise CalrecError(f"attention={self.attention!r}: must be one of {attention_kernels.IMPLEMENTATIONS}")
         if self.dtype not in ("float32", "bfloat16"):
             raise CalrecError(f"dtype={self.dtype!r}: must be 'float32' or 'bfloat16'")
 
@@ -93,7 +98,7 @@ class TransformerConfig:
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be restored: all that shapes parameters or the function they compute."""
-        runtime = ("dropout_rate", "dtype", "remat", "scan_layers", "attention_block")
+        runtime = ("dropout_rate", "dtype", "remat", "scan_layers", "attention_block", "attention")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in runtime}
 
 
@@ -108,9 +113,9 @@ def _partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Ca
 def _placed(x: jax.Array, rows: NamedSharding | None, split: int | None = None) -> jax.Array:
     """`x` with its rows where `rows` has them and, where it divides, dimension `split` over the mesh's axis "model".
 
-    Nothing else is split. Where `rows` is None, `x` as it comes.
+    Nothing else is split. Where `rows` is None or one device, `x` as it comes.
     """
-    if rows is None:
+    if rows is None or rows.mesh.size == 1:
         return x
     if split is None or x.shape[split] % rows.mesh.shape["model"]:
         return jax.lax.with_sharding_constraint(x, rows)
@@ -191,7 +196,10 @@ class Block(nn.Module):
         key = attention.apply_rope(key, context["sin"], context["cos"])
         kv: Any = None
         if cache is None:
-            mixed = attention.packed_attention(query, key, value, context["segment_ids"], self.config.attention_block)
+            mixed = attention_kernels.packed_attention(
+                query, key, value, context["segment_ids"], self.config.attention_block,
+                setting=self.config.attention, rows=self.rows,
+            )  # fmt: skip
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:
             prefix, suffix = cache

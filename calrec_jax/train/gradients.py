@@ -39,8 +39,8 @@ def activations(model: Transformer, params: Any, batch: Batch, rng: jax.Array | 
 
 
 def over(model: Transformer, mesh: Mesh) -> Transformer:
-    """The model told where the rows of a batch lie on the mesh; on one device there is nothing to tell."""
-    return model if mesh.size == 1 else model.clone(rows=NamedSharding(mesh, PartitionSpec(ROWS)))
+    """The model told where the rows of a batch lie on the mesh, and with it on what kind of device."""
+    return model.clone(rows=NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
 def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh, micro_batches: int = 1) -> Gradients:

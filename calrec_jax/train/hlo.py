@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -85,9 +86,16 @@ def size_of(text: str) -> int:
 
 
 class Program:
-    """The text of a compiled module, e.g. `jax.stages.Compiled.as_text()`."""
+    """The text of a compiled module, e.g. `jax.stages.Compiled.as_text()`.
 
-    def __init__(self, text: str):
+    Args:
+      text: of the module.
+      kernel_flops: operations of a custom call, from its name and the shapes of its operands; 0 for those that compute
+        nothing. None counts no custom call.
+    """
+
+    def __init__(self, text: str, kernel_flops: Callable[[str, list[tuple[int, ...]]], float] | None = None):
+        self._kernel_flops = kernel_flops
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] = []
@@ -141,6 +149,10 @@ class Program:
             total.flops += _dot_flops(instruction, types)
         elif kind == "convolution":
             total.flops += _convolution_flops(instruction, types)
+        elif kind == "custom-call":
+            if self._kernel_flops is not None:
+                operands = [shapes(types[operand]) for operand in instruction.operands if operand in types]
+                total.flops += self._kernel_flops(instruction.name, [found[0][1] for found in operands if found])
         else:
             for called in instruction.called("calls"):
                 total.add(self._cost(called))
