@@ -3,7 +3,8 @@
 Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of
 their row and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass
 makes the gradient (a custom VJP), so logits are computed once and only where a token is weighted. All functions are
-pure and work on a whole, possibly sharded, batch: in-batch negatives are global.
+pure and work on a whole, possibly sharded, batch: in-batch negatives are global. Over a mesh each device runs the chunks
+of its own rows, and the gradients of the embedding are summed once, behind the last chunk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import gin
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.attention import soft_capped
@@ -86,7 +88,7 @@ def _columns(array: jax.Array, index: jax.Array, chunk: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def weighted_token_loss(
     hidden: jax.Array,
     embedding: jax.Array,
@@ -94,6 +96,7 @@ def weighted_token_loss(
     weights: jax.Array,
     chunk: int,
     soft_cap: float | None = None,
+    rows: NamedSharding | None = None,
 ) -> jax.Array:
     """Σ weight · −log softmax(hidden · embeddingᵀ)[target].
 
@@ -104,10 +107,46 @@ def weighted_token_loss(
       weights: [B, L] float32, at least 0; places of weight 0 cost nothing.
       chunk: columns at once.
       soft_cap: of the logits, which become cap · tanh(logit / cap).
+      rows: where the rows lie on a mesh; None: on one device, or wherever the partitioner finds them.
 
     Returns:
       Scalar float32. Differentiable in `hidden` and `embedding`.
     """
+    return _by_device(_token_loss, rows, 1)(hidden, embedding, targets, weights, chunk, soft_cap)
+
+
+def _by_device(function, rows: NamedSharding | None, results: int):
+    """`function(hidden, embedding, targets, weights, chunk, soft_cap)` on each device's own rows; its sums are over all of them.
+
+    Left to the partitioner, the loop over chunks sums the table's gradient over all devices at every turn. The mesh's
+    other axes, over which the table may be split, stay the partitioner's.
+    """
+    if rows is None or rows.mesh.size == 1:
+        return function
+    axes, spec = rows.spec[0], PartitionSpec(rows.spec[0])
+    names = {axes} if isinstance(axes, str) else set(axes)
+
+    def local(hidden, embedding, targets, weights, chunk, soft_cap):
+        found = function(hidden, embedding, targets, weights, chunk, soft_cap)
+        if results == 1:
+            return jax.lax.psum(found, axes)
+        total, d_hidden, d_embedding = found
+        return jax.lax.psum(total, axes), d_hidden, jax.lax.psum(d_embedding, axes)
+
+    def over(hidden, embedding, targets, weights, chunk, soft_cap):
+        return jax.shard_map(
+            functools.partial(local, chunk=chunk, soft_cap=soft_cap),
+            mesh=rows.mesh,
+            in_specs=(spec, PartitionSpec(), spec, spec),
+            out_specs=PartitionSpec() if results == 1 else (PartitionSpec(), spec, PartitionSpec()),
+            axis_names=names,
+            check_vma=False,  # the loops' starts are the same everywhere, what they carry is not
+        )(hidden, embedding, targets, weights)
+
+    return over
+
+
+def _token_loss(hidden, embedding, targets, weights, chunk, soft_cap):
     order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
 
     def body(index, total):
@@ -120,7 +159,7 @@ def weighted_token_loss(
     return jax.lax.fori_loop(0, chunks, body, jnp.zeros((), jnp.float32))
 
 
-def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk, soft_cap):
+def _token_loss_and_gradients(hidden, embedding, targets, weights, chunk, soft_cap):
     order, taken_targets, taken_weights, chunks = _gather_weighted(hidden, targets, weights, chunk)
     table = embedding.astype(hidden.dtype)
     turned = table.T
@@ -161,7 +200,7 @@ def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk, sof
     # Back to the places the columns came from: `order` is a permutation of a row, so its inverse is a gather.
     inverse = jnp.argsort(order[:, : hidden.shape[1]], axis=1)
     d_hidden = jnp.take_along_axis(d_taken, inverse[..., None], axis=1).astype(hidden.dtype)
-    return total, (d_hidden, d_embedding)
+    return total, d_hidden, d_embedding
 
 
 def _cap_slope(capped: jax.Array, cap: float | None) -> jax.Array | float:
@@ -169,7 +208,13 @@ def _cap_slope(capped: jax.Array, cap: float | None) -> jax.Array | float:
     return 1.0 if cap is None else 1 - jnp.square(capped / cap)
 
 
-def _weighted_token_loss_backward(chunk, soft_cap, residual, cotangent):
+def _weighted_token_loss_forward(hidden, embedding, targets, weights, chunk, soft_cap, rows):
+    run = _by_device(_token_loss_and_gradients, rows, 3)
+    total, *gradients = run(hidden, embedding, targets, weights, chunk, soft_cap)
+    return total, gradients
+
+
+def _weighted_token_loss_backward(chunk, soft_cap, rows, residual, cotangent):
     d_hidden, d_embedding = residual
     return (cotangent * d_hidden).astype(d_hidden.dtype), cotangent * d_embedding, None, None
 
@@ -287,7 +332,12 @@ def contrastive_loss(pooled: Pooled, batch: Batch, config: LossConfig) -> tuple[
 
 
 def calrec_loss(
-    hidden: jax.Array, embedding: jax.Array, batch: Batch, config: LossConfig, soft_cap: float | None = None
+    hidden: jax.Array,
+    embedding: jax.Array,
+    batch: Batch,
+    config: LossConfig,
+    soft_cap: float | None = None,
+    rows: NamedSharding | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The whole objective over one packed batch.
 
@@ -297,6 +347,7 @@ def calrec_loss(
       batch: the batch contract of docs/architecture.md.
       config: weights and choices.
       soft_cap: of the logits; the model's.
+      rows: where the rows lie on a mesh, see `weighted_token_loss`.
 
     Returns:
       (scalar loss, metrics as pairs of float32 sums "<name>" and "<name>_weight", to be divided only when reported).
@@ -304,7 +355,7 @@ def calrec_loss(
     weights = generation_weights(batch, config)
     weight_sum = jnp.sum(weights)
     targets = batch["decoder_target_tokens"]
-    generation = weighted_token_loss(hidden, embedding, targets, weights, config.chunk, soft_cap)
+    generation = weighted_token_loss(hidden, embedding, targets, weights, config.chunk, soft_cap, rows)
     contrastive, metrics = contrastive_loss(pooled_towers(hidden, batch), batch, config)
     loss = config.generation * mean_of(generation, weight_sum) + contrastive
     return loss, metrics | loss_metrics(loss, generation, weight_sum)

@@ -14,6 +14,7 @@ from calrec_jax.models.transformer import TransformerConfig
 from calrec_jax.train import compile as compiling
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.flops import step_flops
 from calrec_jax.train.optimizer import OptimizerConfig
 
 SMALL = TransformerConfig(embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=24, attention_block=32)
@@ -25,8 +26,13 @@ def test_the_report_of_a_mesh_that_is_here():
     report = compiling.compile_step(mesh, SMALL, LossConfig(chunk=8), OptimizerConfig(), ROWS, 50, 10)
     count = 50 * 16 + 16 + 3 * (2 * 16 + 16 * 4 * (4 + 2 + 2 + 4) + 3 * 16 * 24)
     assert report.parameters == count
-    assert report.hbm_bytes > 3 * 4 * count, "parameters and two moments"
-    assert report.fits is None, "a CPU has no limit that we know"
+    memory = report.memory
+    assert memory.parameters == 4 * count and memory.optimizer == 2 * 4 * count + 2 * 4, "two moments, two counters"
+    assert memory.temporaries > 4 * count and memory.rest > 0
+    assert memory.total == memory.parameters + memory.optimizer + memory.temporaries + memory.rest
+    assert memory.fits is None, "a CPU has no limit that we know"
+    assert str(memory).endswith("GiB a device (parameters 0.00, optimiser 0.00, step 0.00)")
+    assert not report.splash
 
 
 def test_step_flops_equal_a_count_place_by_place():
@@ -40,7 +46,7 @@ def test_step_flops_equal_a_count_place_by_place():
     layers = total * c.num_layers * batching.batch_rows
     pooling = 3 * 2 * 4 * 2 * 64 * 16
     contrast = 2 * 2 * 8 * 8 * 16
-    assert compiling.step_flops(config, batching) == 3 * layers + 2 * pooling + 3 * contrast
+    assert step_flops(config, batching) == 3 * layers + 2 * pooling + 3 * contrast
 
 
 def test_a_batch_that_does_not_divide_is_named():
@@ -56,13 +62,14 @@ from calrec_jax.losses import LossConfig
 from calrec_jax.models.transformer import TransformerConfig
 from calrec_jax.train import compile as compiling
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.flops import step_flops
 from calrec_jax.train.optimizer import OptimizerConfig
 topology, slices, shape, model, batching, loss, vocab = json.loads(sys.argv[1])
 mesh = compiling.make_mesh(topology, slices, shape)
 report = compiling.compile_step(
     mesh, TransformerConfig(**model), LossConfig(**loss), OptimizerConfig(), Batching(**batching), vocab, 100
 )
-print(json.dumps(dataclasses.asdict(report) | {"fits": report.fits}))
+print(json.dumps(dataclasses.asdict(report) | {"fits": report.memory.fits, "HBM": report.memory.total / 2**30}))
 """
 TINY = {"embed_dim": 128, "num_layers": 3, "mlp_dim": 352, "dtype": "bfloat16"}
 BILLION = {

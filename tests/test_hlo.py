@@ -62,7 +62,15 @@ def test_loops_multiply_their_body_and_copies_of_a_collective_count_once():
 
 def test_a_loop_of_unknown_length_is_listed_apart():
     dynamic = Program(LOOPS.replace("LIMIT", "get-tuple-element(%p.1), index=0")).cost()
-    assert dynamic.flops == 0 and dynamic.dynamic_loops == [2 * 4 * 8 * 8]
+    assert dynamic.flops == 0 and [turn.flops for turn in dynamic.dynamic_loops] == [2 * 4 * 8 * 8]
+    assert [turn.collective_bytes for turn in dynamic.dynamic_loops] == [{"all-gather": 8 * 8 * 4}]
+
+
+def test_a_body_that_stands_for_several_turns_runs_as_many_times_fewer():
+    unrolled = LOOPS.replace("tuple(%i, %dot.1, %w)", "tuple(%i.next, %dot.1, %w)")
+    step = "  %stride = s32[] constant(3)\n  %sum = s32[] add(%stride, %i)\n  %i.next = s32[] copy(%sum)\n  %x ="
+    unrolled = unrolled.replace("  %x =", step, 1).replace("LIMIT", "constant(9)")
+    assert Program(unrolled).cost().flops == 3 * 2 * 4 * 8 * 8, "at 2, 5 and 8"
 
 
 @pytest.mark.parametrize(

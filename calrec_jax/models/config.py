@@ -14,6 +14,7 @@ import gin
 import jax
 
 from calrec_jax.errors import CalrecError
+from calrec_jax.models import attention_kernels
 
 ACTIVATIONS = {"gelu": nn.gelu, "silu": nn.silu}  # nn.gelu is the tanh approximation
 REMAT_POLICIES = {
@@ -22,10 +23,11 @@ REMAT_POLICIES = {
 }
 LAYER_KINDS = ("global", "local")
 ROPE_SCALINGS = ("none", "linear", "llama3")
-_RUNTIME = ("dropout_rate", "dtype", "remat", "scan_layers", "attention_block")
+_FIRST_RUNTIME = ("dropout_rate", "dtype", "remat", "scan_layers", "attention_block")
+_RUNTIME = (*_FIRST_RUNTIME, "attention")
 _FIRST = (
     "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "activation", "rope_base",
-    "norm_epsilon", *_RUNTIME,
+    "norm_epsilon", *_FIRST_RUNTIME,
 )  # fmt: skip
 
 
@@ -49,6 +51,8 @@ class TransformerConfig:
       remat: "none", "dots" (keep matrix products) or "full" (recompute a block in the backward pass).
       scan_layers: one traced block for all layers. False unrolls: slower to compile, faster for small models on CPU.
       attention_block: query places that attend together; see `attention.packed_attention`.
+      attention: of packed rows, "xla", "splash" (a kernel of TPUs), or "auto": the kernel on a TPU where rows divide
+        by 128 tokens.
       tied_embeddings: whether logits are products with the embedding; else with a table of their own.
       scale_embeddings: whether embeddings are multiplied by √D when they are read.
       norm_one_plus: RMSNorm multiplies by 1 + scale rather than by scale (Gemma).
@@ -85,6 +89,7 @@ class TransformerConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention_block: int = 128
+    attention: str = "auto"
     tied_embeddings: bool = True
     scale_embeddings: bool = True
     norm_one_plus: bool = False
@@ -127,6 +132,8 @@ class TransformerConfig:
             raise CalrecError(f"activation={self.activation!r}: must be one of {sorted(ACTIVATIONS)}")
         if self.remat not in ("none", *REMAT_POLICIES):
             raise CalrecError(f"remat={self.remat!r}: must be one of {['none', *sorted(REMAT_POLICIES)]}")
+        if self.attention not in attention_kernels.IMPLEMENTATIONS:
+            raise CalrecError(f"attention={self.attention!r}: must be one of {attention_kernels.IMPLEMENTATIONS}")
         if self.dtype not in ("float32", "bfloat16"):
             raise CalrecError(f"dtype={self.dtype!r}: must be 'float32' or 'bfloat16'")
         for name in ("query_pre_attention_scalar", "attention_soft_cap", "logit_soft_cap", "local_rope_base"):

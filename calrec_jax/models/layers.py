@@ -9,9 +9,9 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from calrec_jax.models import attention
+from calrec_jax.models import attention, attention_kernels
 from calrec_jax.models.config import ACTIVATIONS, TransformerConfig
 
 
@@ -23,9 +23,17 @@ def partitioned(init: nn.initializers.Initializer, axes: tuple[str, ...]) -> Cal
     return cast(Callable[..., jax.Array], nn.with_logical_partitioning(init, axes))
 
 
-def placed(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """`x` with its rows where `rows` has them, and nothing else split; as it comes where that is None."""
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+def placed(x: jax.Array, rows: NamedSharding | None, split: int | None = None) -> jax.Array:
+    """`x` with its rows where `rows` has them and, where it divides, dimension `split` over the mesh's axis "model".
+
+    Nothing else is split. Where `rows` is None or one device, `x` as it comes.
+    """
+    if rows is None or rows.mesh.size == 1:
+        return x
+    if split is None or x.shape[split] % rows.mesh.shape["model"]:
+        return jax.lax.with_sharding_constraint(x, rows)
+    between = [None] * (split - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, PartitionSpec(*rows.spec, *between, "model")))
 
 
 class RMSNorm(nn.Module):
@@ -127,9 +135,9 @@ class Block(nn.Module):
         query, key, value = self._heads(self.attention_norm(x), context, local)
         kv: Any = None
         if cache is None:
-            mixed = attention.packed_attention(
+            mixed = attention_kernels.packed_attention(
                 query, key, value, context["segment_ids"], c.attention_block,
-                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap,
+                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap, setting=c.attention, rows=self.rows,
             )  # fmt: skip
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:
@@ -144,7 +152,8 @@ class Block(nn.Module):
             out = self.attention_post_norm(out)
         x = placed(x + self.dropout(out, deterministic=deterministic), self.rows)
         normed = self.mlp_norm(x)
-        hidden = ACTIVATIONS[c.activation](self.gate("...d,df->...f", normed)) * self.up("...d,df->...f", normed)
+        gate, up = (placed(part("...d,df->...f", normed), self.rows, split=2) for part in (self.gate, self.up))
+        hidden = ACTIVATIONS[c.activation](gate) * up
         out = self.down("...f,fd->...d", hidden)
         if c.post_norms:
             out = self.mlp_post_norm(out)
@@ -154,6 +163,7 @@ class Block(nn.Module):
         """Query [..., H, C], scaled, and key and value [..., G, C]; the first two turned by their positions."""
         query = self.query("...d,dhc->...hc", normed)
         key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
+        query, key, value = (placed(x, self.rows, split=2) for x in (query, key, value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         sin, cos = angles_of(context, local)

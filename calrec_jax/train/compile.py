@@ -22,29 +22,14 @@ from jax.sharding import AxisType, Mesh
 from calrec_jax import tokenizer
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig
-from calrec_jax.models.attention import first_key
+from calrec_jax.models import attention_kernels
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.flops import CHIPS, step_flops
 from calrec_jax.train.hlo import Program
+from calrec_jax.train.memory import WAYS_OUT, MemoryPlan, compiled_within_memory, memory_plan
 from calrec_jax.train.optimizer import OptimizerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip's memory in GiB and its peak rate of bfloat16 products in TFLOP/s, as its maker states them."""
-
-    hbm_gib: float
-    peak_tflops: float
-
-
-# By JAX's device_kind; cloud.google.com/tpu/docs/system-architecture-tpu-vm.
-CHIPS = {
-    "TPU v4": Chip(32, 275),
-    "TPU v5 lite": Chip(16, 197),
-    "TPU v5": Chip(95, 459),
-    "TPU v6 lite": Chip(32, 918),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,29 +40,26 @@ class StepReport:
       chip_kind: JAX's name of the chip.
       devices: number of JAX devices; a v4 chip's two cores are one each unless the topology joins them.
       parameters: of the model, in all.
-      hbm_bytes: state, batch, temporaries and program.
-      hbm_limit: the chip's memory in bytes; None for a chip that `CHIPS` does not list.
-      flops: of the compiled step, the vocabulary's loop left out.
+      memory: what lies in a chip's memory.
+      splash: whether attention is the kernel.
+      flops: of the compiled step, kernels among them, the vocabulary's loop left out.
       analytic_flops: the same from the model's sizes.
-      vocabulary_flops: of one turn of the vocabulary's loop; a step makes as many as its fullest row has chunks of
+      vocabulary_flops: of one turn of the vocabulary's loop; a chip makes as many as its fullest row has chunks of
         weighted tokens.
-      collective_bytes: by kind.
+      collective_bytes: by kind, those of the vocabulary's loop left out.
+      vocabulary_collective_bytes: of one turn of the vocabulary's loop.
     """
 
     chip_kind: str
     devices: int
     parameters: int
-    hbm_bytes: int
-    hbm_limit: float | None
+    memory: MemoryPlan
+    splash: bool
     flops: float
     analytic_flops: float
     vocabulary_flops: float
     collective_bytes: dict[str, float]
-
-    @property
-    def fits(self) -> bool | None:
-        """None where the chip's memory is not known."""
-        return None if self.hbm_limit is None else self.hbm_bytes <= self.hbm_limit
+    vocabulary_collective_bytes: float
 
 
 def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
@@ -101,18 +83,9 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
             bound.get("num_steps", 1),
         )
     _print(stage, topology, mesh, report, bound.get("num_steps"))
-    if report.fits is False:
-        raise CalrecError(
-            f"{stage} does not fit {topology}: {report.hbm_bytes / 2**30:.2f} GiB a chip, which has "
-            f"{(report.hbm_limit or 0) / 2**30:.0f}. {_WAYS_OUT}"
-        )
+    if report.memory.fits is False:
+        raise CalrecError(f"{stage} does not fit {topology}: {report.memory}. {WAYS_OUT}")
     return report
-
-
-_WAYS_OUT = (
-    "Raise Batching.micro_batches, set TransformerConfig.remat='full', lower Batching.batch_rows, spread parameters "
-    "over more of train.mesh_shape's fsdp or model axis, or take a larger slice."
-)
 
 
 def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:
@@ -166,60 +139,26 @@ def compile_step(
     model, optimizer = Transformer(config, vocab_size), optimizer_config.transformation(num_steps)
     state, shardings = steps.abstract_state(model, optimizer, mesh)
     step = steps.make_train_step(model, loss, optimizer, 0, mesh, shardings, batching.micro_batches)
-    try:
-        compiled = step.lower(state, _batch(batching)).compile()  # type: ignore[attr-defined]  # it is jitted
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise CalrecError(f"the step does not fit: {str(error).splitlines()[0]} {_WAYS_OUT}") from error
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    cost = Program(compiled.as_text()).cost()
+    compiled = compiled_within_memory(step, state, batch_shapes(batching))
+    cost = Program(compiled.as_text(), attention_kernels.kernel_flops).cost()
     device = mesh.devices.flat[0]
-    chip = CHIPS.get(device.device_kind)
+    splash = attention_kernels.takes_splash(config.attention, steps.batch_sharding(mesh), batching.row_tokens)
+    turns = max(1, batching.micro_batches)
     return StepReport(
         chip_kind=device.device_kind,
         devices=mesh.size,
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-        hbm_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        hbm_limit=None if chip is None else chip.hbm_gib * 2**30,
+        memory=memory_plan(compiled, state, shardings, device),
+        splash=splash,
         flops=cost.flops,
-        analytic_flops=step_flops(config, batching) / mesh.size,
-        vocabulary_flops=sum(cost.dynamic_loops) / max(1, batching.micro_batches),
+        analytic_flops=step_flops(config, batching, splash=splash) / mesh.size,
+        vocabulary_flops=sum(turn.flops for turn in cost.dynamic_loops) / turns,
         collective_bytes=dict(cost.collective_bytes),
+        vocabulary_collective_bytes=sum(sum(turn.collective_bytes.values()) for turn in cost.dynamic_loops) / turns,
     )
 
 
-def step_flops(config: TransformerConfig, batching: Batching) -> float:
-    """Operations of the products of one step over the whole batch, the vocabulary's left out.
-
-    Forward, and twice that backward: projections, gated MLP, rotary half-turns, causal attention in blocks as
-    `attention.packed_attention` computes it, pooling (no gradient of its masks) and the contrastive scores. One forward
-    pass more each for `remat="full"` and for several micro-batches.
-    """
-    c, rows, length, examples = config, batching.batch_rows, batching.row_tokens, batching.row_examples
-    d, h, g, w = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width
-    mixed = c.scan_layers and len({*c.local_layers}) > 1  # one body for both kinds: it computes what global ones do
-    pairs = sum(_attended(length, c.attention_block, c.sliding_window if x and not mixed else None) for x in c.local_layers)
-    per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * c.mlp_dim + 2 * w * w * (h + g)
-    layers = rows * (c.num_layers * length * per_token + 4 * h * w * pairs)
-    pooling = 3 * 2 * rows * examples * length * d
-    contrast = 2 * 2 * (rows * examples) ** 2 * d
-    again = (c.remat == "full") + (batching.micro_batches > 1)
-    return (3 + again) * layers + (2 + again) * pooling + 3 * contrast
-
-
-def _attended(length: int, block: int, window: int | None) -> int:
-    """Pairs of places whose scores `attention.packed_attention` computes in a row."""
-    begins = range(0, length, block)
-    return sum((min(b + block, length) - b) * (min(b + block, length) - first_key(b, window)) for b in begins)
-
-
-def _batch(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch contract's shapes."""
     from calrec_jax.data.packing import EXAMPLE_KEYS, POOL_KEYS, TOKEN_KEYS
 
@@ -232,16 +171,17 @@ def _batch(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _print(stage: str, topology: str, mesh: Mesh, report: StepReport, num_steps: int | None) -> None:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    limit = "" if report.hbm_limit is None else f" of {report.hbm_limit / 2**30:.0f}"
     print(f"compile: {stage} on {topology}: {report.devices} × {report.chip_kind}, mesh {axes}")
     print(f"  parameters      {report.parameters / 1e6:,.2f} M")
-    print(f"  HBM a chip      {report.hbm_bytes / 2**30:.2f}{limit} GiB")
+    print(f"  HBM             {report.memory}")
+    print(f"  attention       {'splash' if report.splash else 'xla'}")
     print(
         f"  FLOPs a chip    {report.flops / 1e9:,.1f} G compiled, {report.analytic_flops / 1e9:,.1f} G by the sizes "
         f"({report.flops / report.analytic_flops:.3f}); vocabulary {report.vocabulary_flops / 1e9:,.1f} G a turn, apart"
     )
     for kind, size in sorted(report.collective_bytes.items()):
         print(f"  {kind:<15} {size / 2**20:,.1f} MiB a chip")
+    print(f"  {'of a turn':<15} {report.vocabulary_collective_bytes / 2**20:,.1f} MiB a chip, all collectives, apart")
     chip = CHIPS.get(report.chip_kind)
     if chip is not None:
         seconds = (report.flops + report.vocabulary_flops) / (0.5e12 * chip.peak_tflops)

@@ -39,8 +39,8 @@ def activations(model: Transformer, params: Any, batch: Batch, rng: jax.Array | 
 
 
 def over(model: Transformer, mesh: Mesh) -> Transformer:
-    """The model told where the rows of a batch lie on the mesh; on one device there is nothing to tell."""
-    return model if mesh.size == 1 else model.clone(rows=NamedSharding(mesh, PartitionSpec(ROWS)))
+    """The model told where the rows of a batch lie on the mesh, and with it on what kind of device."""
+    return model.clone(rows=NamedSharding(mesh, PartitionSpec(ROWS)))
 
 
 def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh, micro_batches: int = 1) -> Gradients:
@@ -62,7 +62,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
     def whole(params: Any, batch: Batch, step: jax.Array) -> tuple[Metrics, Any]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
             hidden = activations(model, params, batch, rng(step))
-            return losses.calrec_loss(hidden, vocabulary_table(params), batch, config, soft_cap)
+            return losses.calrec_loss(hidden, vocabulary_table(params), batch, config, soft_cap, model.rows)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return metrics, grads
@@ -85,7 +85,7 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
             weights = losses.generation_weights(part, config)
             targets = part["decoder_target_tokens"]
             total = losses.weighted_token_loss(
-                hidden, vocabulary_table(params), targets, weights, config.chunk, soft_cap
+                hidden, vocabulary_table(params), targets, weights, config.chunk, soft_cap, model.rows
             )
             pulled = jax.tree.map(jnp.vdot, d_pooled, losses.pooled_towers(hidden, part))
             return config.generation * losses.mean_of(total, weight_sum) + sum(pulled), total

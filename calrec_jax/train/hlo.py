@@ -3,7 +3,7 @@
 Notable: XLA's own cost analysis counts the body of a loop once. Here a loop's body counts as often as its condition
 says; a loop whose end is only known when it runs is listed apart, with the cost of one turn. Matrix products and
 convolutions are counted (a TPU writes products as convolutions), two operations a multiply-add; what is element by
-element is not, nor are kernels that XLA does not see into.
+element is not. A kernel that XLA does not see into is counted as its name says, by a function of its caller.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
@@ -59,12 +60,12 @@ class Cost:
     Attributes:
       flops: of products and convolutions, loops of known length multiplied out.
       collective_bytes: by kind, the bytes of the larger of what goes in and what comes out.
-      dynamic_loops: flops of one turn of each loop whose length is not known before it runs.
+      dynamic_loops: the cost of one turn of each loop whose length is not known before it runs.
     """
 
     flops: float = 0.0
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
-    dynamic_loops: list[float] = dataclasses.field(default_factory=list)
+    dynamic_loops: list[Cost] = dataclasses.field(default_factory=list)
 
     def add(self, other: Cost, times: float = 1) -> None:
         """Adds `times` times another cost."""
@@ -85,9 +86,16 @@ def size_of(text: str) -> int:
 
 
 class Program:
-    """The text of a compiled module, e.g. `jax.stages.Compiled.as_text()`."""
+    """The text of a compiled module, e.g. `jax.stages.Compiled.as_text()`.
 
-    def __init__(self, text: str):
+    Args:
+      text: of the module.
+      kernel_flops: operations of a custom call, from its name and the shapes of its operands; 0 for those that compute
+        nothing. None counts no custom call.
+    """
+
+    def __init__(self, text: str, kernel_flops: Callable[[str, list[tuple[int, ...]]], float] | None = None):
+        self._kernel_flops = kernel_flops
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] = []
@@ -131,7 +139,7 @@ class Program:
             self._channels = outside
             turns = self._turns(instruction, computation)
             if turns is None:
-                total.dynamic_loops.append(body.flops)
+                total.dynamic_loops.append(body)
             else:
                 total.add(body, turns)
         elif kind == "conditional":
@@ -141,6 +149,10 @@ class Program:
             total.flops += _dot_flops(instruction, types)
         elif kind == "convolution":
             total.flops += _convolution_flops(instruction, types)
+        elif kind == "custom-call":
+            if self._kernel_flops is not None:
+                operands = [shapes(types[operand]) for operand in instruction.operands if operand in types]
+                total.flops += self._kernel_flops(instruction.name, [found[0][1] for found in operands if found])
         else:
             for called in instruction.called("calls"):
                 total.add(self._cost(called))
@@ -156,19 +168,45 @@ class Program:
         compares = [c for c in pool if c.opcode == "compare"]
         if len(limits) != 1 or len(compares) != 1 or "direction=LT" not in compares[0].rest:
             return None
-        return int(limits[0].rest.split(")")[0]) - self._first(loop, condition, computation)
+        index = next((int(i) for c in condition for i in re.findall(r"index=(\d+)", c.rest)), None)
+        length = int(limits[0].rest.split(")")[0]) - self._first(loop, index, computation)
+        return -(-length // self._stride(loop, index))
 
-    def _first(self, loop: Instruction, condition: list[Instruction], computation: str) -> int:
-        """The counter's first value: 0, unless a peeled loop starts at another constant."""
-        index = next((i for c in condition for i in re.findall(r"index=(\d+)", c.rest)), None)
+    def _first(self, loop: Instruction, index: int | None, computation: str) -> int:
+        """The first value of the loop's counter, element `index` of what it carries: 0, unless it starts elsewhere."""
         own = {instruction.name: instruction for instruction in self.computations[computation]}
         start = own.get(loop.operands[0]) if loop.operands else None
         if index is None or start is None or start.opcode != "tuple":
             return 0
-        counter = own.get(start.operands[int(index)])
-        while counter is not None and counter.opcode in ("copy", "bitcast", "convert"):
-            counter = own.get(counter.operands[0])
-        return int(counter.rest.split(")")[0]) if counter is not None and counter.opcode == "constant" else 0
+        counter = _behind(own, start.operands[index])
+        return _constant(counter) if counter is not None and counter.opcode == "constant" else 0
+
+    def _stride(self, loop: Instruction, index: int | None) -> int:
+        """What a turn adds to the counter: 1, unless the body stands for several turns of the loop as it was written."""
+        body = self.computations[loop.called("body")[0]]
+        own = {instruction.name: instruction for instruction in body}
+        if index is None or not body or body[-1].opcode != "tuple":
+            return 1
+        step = _behind(own, body[-1].operands[index])
+        if step is not None and step.opcode == "fusion":
+            own |= {instruction.name: instruction for instruction in self.computations[step.called("calls")[0]]}
+            step = self.computations[step.called("calls")[0]][-1]
+        if step is None or step.opcode != "add":
+            return 1
+        parts = [_behind(own, operand) for operand in step.operands]
+        return next((_constant(part) for part in parts if part is not None and part.opcode == "constant"), 1)
+
+
+def _behind(own: dict[str, Instruction], name: str) -> Instruction | None:
+    """The instruction of a computation that makes a value, behind copies of it."""
+    found = own.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "convert"):
+        found = own.get(found.operands[0])
+    return found
+
+
+def _constant(instruction: Instruction) -> int:
+    return int(instruction.rest.split(")")[0])
 
 
 def _dot_flops(instruction: Instruction, types: dict[str, str]) -> float:

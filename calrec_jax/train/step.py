@@ -100,12 +100,13 @@ def init_state(
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Any]:
     """Shapes of a state, and its shardings over a mesh that need not be there.
 
-    A dimension that its mesh axes do not divide evenly, such as a vocabulary of odd size, is not split.
+    Mesh axes that do not divide the dimension they are meant for split another one of the array, where one divides.
     """
     boxed = jax.eval_shape(_creator(model, optimizer), jax.random.key(0))
-    shardings = nn.unbox(nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES))
+    logical = nn.get_partition_spec(boxed)
+    shardings = nn.unbox(nn.logical_to_mesh_sharding(logical, mesh, LOGICAL_RULES))
     abstract = nn.unbox(boxed)
-    return abstract, jax.tree.map(_evenly, shardings, abstract)
+    return abstract, jax.tree.map(_evenly, shardings, logical, abstract)
 
 
 def _creator(model: Transformer, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
@@ -125,15 +126,33 @@ def _creator(model: Transformer, optimizer: optax.GradientTransformation) -> Cal
     return create
 
 
-def _evenly(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
-    """`sharding` without the mesh axes that do not divide the array's dimension."""
+def _evenly(sharding: NamedSharding, logical: PartitionSpec, array: jax.ShapeDtypeStruct) -> NamedSharding:
+    """`sharding`, with mesh axes moved that do not divide their dimension; they split nothing where none divides.
 
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(sharding.mesh.shape[name] for name in names)
+    A width of 1,152 does not divide by 256 chips, and parameters that are whole on each of them would fill its memory.
+    Layers are never split, since a scan reads them one by one, nor are vectors, which are small.
+    """
+    mesh = sharding.mesh
+    names = [*logical, *[None] * (len(array.shape) - len(logical))]
+    axes: list[tuple[str, ...]] = [(a,) if isinstance(a, str) else tuple(a or ()) for a in sharding.spec]
+    axes += [()] * (len(array.shape) - len(axes))
 
-    split = zip(sharding.spec, array.shape, strict=False)  # a spec may name fewer dimensions than there are
-    return NamedSharding(sharding.mesh, PartitionSpec(*(None if size % parts(axes) else axes for axes, size in split)))
+    def divides(place: int, more: tuple[str, ...] = ()) -> bool:
+        return array.shape[place] % math.prod(mesh.shape[name] for name in (*axes[place], *more)) == 0
+
+    uneven = [place for place in range(len(axes)) if not divides(place)]
+    moved = [axes[place] for place in uneven]
+    for place in uneven:
+        axes[place] = ()
+    inner = [place for place, name in enumerate(names) if name != "layers"]
+    for left in moved:
+        places = [place for place in inner if divides(place, left)] if len(inner) > 1 else []
+        if places:
+            largest = max(places, key=lambda place: array.shape[place])
+            axes[largest] += left
+    # One name stands for itself, so that a sharding reads the same however it came about.
+    spec = [names[0] if len(names) == 1 else names or None for names in axes]
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def make_train_step(
@@ -193,8 +212,8 @@ def make_eval_step(
     model = over(model, mesh)
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
-        hidden = activations(model, params, batch)
-        return calrec_loss(hidden, vocabulary_table(params), batch, loss_config, model.config.logit_soft_cap)[1]
+        hidden, soft_cap = activations(model, params, batch), model.config.logit_soft_cap
+        return calrec_loss(hidden, vocabulary_table(params), batch, loss_config, soft_cap, model.rows)[1]
 
     return jax.jit(
         eval_step, in_shardings=(None, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec())
