@@ -101,9 +101,10 @@ class Tensors:
                 "set it to false in config.json if the model has a table of its own"
             )
 
-    def dtypes(self, names: Sequence[str]) -> dict[str, str]:
-        """The type of each tensor."""
-        return {name: DTYPES[self.dtype(name)] for name in names}
+    def dtypes(self, wanted: Sequence[Leaf], prefix: str) -> dict[str, str]:
+        """The type of each tensor, by its name in a folder of a text model."""
+        pairs = (pair for leaf in wanted for pair in zip(leaf.names(), leaf.names(prefix), strict=True))
+        return {name: DTYPES[self.dtype(own)] for name, own in pairs}
 
 
 @contextlib.contextmanager
