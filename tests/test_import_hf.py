@@ -131,7 +131,11 @@ def test_greedy_samples_equal_the_reference(imported):
 
 
 def read_all(folder):
-    return {k: v for file in pathlib.Path(folder).glob("*.safetensors") for k, v in safetensors.numpy.load_file(file).items()}
+    return {
+        k: v
+        for file in pathlib.Path(folder).glob("*.safetensors")
+        for k, v in safetensors.numpy.load_file(file).items()
+    }
 
 
 def assert_same(a, b):
@@ -140,7 +144,9 @@ def assert_same(a, b):
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(n, np.float32) for n in NAMES] + [("gemma3", ml_dtypes.bfloat16), ("qwen2", np.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, np.float32) for n in NAMES] + [("gemma3", ml_dtypes.bfloat16), ("qwen2", np.float16)]
+)
 def test_there_and_back_is_the_same_bit_for_bit(tmp_path, name, dtype):
     tensors = hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS[name], dtype=dtype, shards=3, family=name)
     first = import_hf(tmp_path / "hf", tmp_path / "first")
@@ -178,7 +184,10 @@ def test_parameters_lie_as_training_lays_them_and_the_gin_file_says_the_same_mod
         model = Transformer(made, facts["vocab_size"])
         wanted = steps.abstract_state(model, optax.identity(), steps.make_mesh())[0].params
         jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, wanted)
-        assert families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings() == made.settings()
+        assert (
+            families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings()
+            == made.settings()
+        )
 
 
 def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
@@ -201,7 +210,9 @@ def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
     assert (written["model_type"], written["architectures"], written["torch_dtype"]) == (
         "llama", ["LlamaForCausalLM"], "float32",
     )  # fmt: skip
-    got = model.apply({"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5)))
+    got = model.apply(
+        {"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5))
+    )
     np.testing.assert_allclose(got[0], hf_reference.logits(written, read_all(out), np.arange(5) + 3), atol=2e-4)
     with pytest.raises(CalrecError, match="no family of open models.*nearest is llama.*scale_embeddings=True"):
         families.family_of(dataclasses.replace(config, scale_embeddings=True))
@@ -226,7 +237,9 @@ def test_the_host_holds_one_tensor_and_one_shard(tmp_path):
         tracemalloc.stop()
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     assert total > 60 * largest
-    assert peak < 4 * largest + 2**21, "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
+    assert peak < 4 * largest + 2**21, (
+        "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
+    )
 
 
 class Folder:
@@ -271,7 +284,10 @@ def bad_folder(folder, match):
         ({"hidden_size": "24"}, "hidden_size='24': must be a positive whole number"),
         ({"num_key_value_heads": 3}, "num_heads=4: must be a multiple of num_kv_heads=3"),
         ({"layer_types": ["chunked"] * 5}, "layer_types has 5 entries, one of them 'chunked': must be 5"),
-        ({"num_hidden_layers": 6}, r"model\.layers\.5\.input_layernorm\.weight is missing \(\[24\] is expected\).*more"),
+        (
+            {"num_hidden_layers": 6},
+            r"model\.layers\.5\.input_layernorm\.weight is missing \(\[24\] is expected\).*more",
+        ),
         ({"num_hidden_layers": 4}, r"model\.layers\.4\.\S+ is not expected in this family"),
         ({"model_type": "qwen3", "hidden_activation": "silu"}, "layernorm.weight is not expected in this family"),
         ({"intermediate_size": 48}, r"mlp\.\S+ has the shape \[40, 24\], and \[48, 24\] is expected"),
@@ -311,7 +327,9 @@ def test_what_folders_have_beside_the_model_does_no_harm(folder):
 
     whole = json.loads((folder.path / "config.json").read_text())
     text = {k: v for k, v in whole.items() if k not in ("architectures", "torch_dtype")}
-    (folder.path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
+    (folder.path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    )
     tower = {"vision_tower.layers.0.weight": np.ones(3, np.float32)}
     inside = {f"language_model.{name}": x for name, x in folder.tensors.items()}
     safetensors.numpy.save_file(inside | tower, folder.path / "model.safetensors")

@@ -138,9 +138,7 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[_Tensor]], params: Any
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         size = sum(tensor.bytes for shard in shards for tensor in shard)
-        artifacts.write_json(
-            folder / reader.INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+        artifacts.write_json(folder / reader.INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _config(

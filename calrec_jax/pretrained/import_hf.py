@@ -65,7 +65,9 @@ def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | N
         facts["origin"]["repeats_embedding"] = described.config.tied_embeddings and HEAD in tensors
         with artifacts.atomic_folder(out) as temporary:
             params = load_parameters(tensors, wanted, prefix, described, mesh_shape)
-            _write(temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from)
+            _write(
+                temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from
+            )
             tokenizer.write(temporary / TOKENIZER_FOLDER)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"import_hf: {described.family.title}, {count:,} parameters → {out}")

@@ -64,7 +64,9 @@ class Tensors:
         try:
             return self._open[self._file_of[name]].get_tensor(name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CalrecError(f"{self.folder / self._file_of[name]}: cannot read the tensor {name} ({error})") from error
+            raise CalrecError(
+                f"{self.folder / self._file_of[name]}: cannot read the tensor {name} ({error})"
+            ) from error
 
     def prefix(self) -> str:
         """What the names of the text model begin with."""
@@ -79,7 +81,9 @@ class Tensors:
     def check(self, wanted: Sequence[Leaf], prefix: str, tied: bool) -> None:
         """Raises a `CalrecError` naming tensors that are missing, not expected, misshapen or of an unreadable type."""
         shapes = {name: leaf.hf_shape for leaf in wanted for name in leaf.names(prefix)}
-        problems = [f"{name} is missing ({list(shape)} is expected)" for name, shape in shapes.items() if name not in self]
+        problems = [
+            f"{name} is missing ({list(shape)} is expected)" for name, shape in shapes.items() if name not in self
+        ]
         for name in self._file_of:
             if name in shapes:
                 shape, dtype = self.shape(name), self.dtype(name)
@@ -153,5 +157,7 @@ def _index(folder: Path) -> dict[str, str] | None:
         raise CalrecError(f"{folder / INDEX_FILE}: weight_map is missing, or is not a table of tensors and files")
     strange = sorted(v for v in weight_map.values() if Path(v).name != v or not v.endswith(".safetensors"))
     if strange:
-        raise CalrecError(f"{folder / INDEX_FILE}: weight_map names {strange[0]!r}, which is no *.safetensors beside it")
+        raise CalrecError(
+            f"{folder / INDEX_FILE}: weight_map names {strange[0]!r}, which is no *.safetensors beside it"
+        )
     return weight_map

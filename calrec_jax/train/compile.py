@@ -204,7 +204,9 @@ def step_flops(config: TransformerConfig, batching: Batching) -> float:
     c, rows, length, examples = config, batching.batch_rows, batching.row_tokens, batching.row_examples
     d, h, g, w = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width
     mixed = c.scan_layers and len({*c.local_layers}) > 1  # one body for both kinds: it computes what global ones do
-    pairs = sum(_attended(length, c.attention_block, c.sliding_window if x and not mixed else None) for x in c.local_layers)
+    pairs = sum(
+        _attended(length, c.attention_block, c.sliding_window if x and not mixed else None) for x in c.local_layers
+    )
     per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * c.mlp_dim + 2 * w * w * (h + g)
     layers = rows * (c.num_layers * length * per_token + 4 * h * w * pairs)
     pooling = 3 * 2 * rows * examples * length * d
