@@ -64,17 +64,21 @@ class Window:
     def __len__(self) -> int:
         return len(self.target_user)
 
-    def examples(self, catalogue: TokenCatalogue | None = None) -> ExampleSet:
+    def examples(
+        self, catalogue: TokenCatalogue | None = None, start_id: int = PAD_ID, eos_id: int = EOS_ID
+    ) -> ExampleSet:
         """The window as an `ExampleSet` over its own items: item n of it is value n of `items`.
 
         Args:
           catalogue: has the loss weights of the items' tokens; None: all weigh 1.
+          start_id: what a segment begins with.
+          eos_id: what ends an item.
 
         Raises:
           CalrecError: the examples do not hold together: they were trimmed by other means than `trim_history`, or come
             from different templates or tokenizers.
         """
-        if not np.array_equal(self.targets.values[self.targets.splits[1:] - 1], np.full(len(self), EOS_ID)):
+        if not np.array_equal(self.targets.values[self.targets.splits[1:] - 1], np.full(len(self), eos_id)):
             raise CalrecError("an example's targets do not end in EOS; give sequence_length['targets'] more tokens")
         starts, lengths = self._item_slices()
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -91,8 +95,8 @@ class Window:
             intro=sentences[0],
             first=sentences[1],
             next=sentences[2],
-            start_id=PAD_ID,
-            eos_id=EOS_ID,
+            start_id=start_id,
+            eos_id=eos_id,
             cut=0,
         )
         return ExampleSet(
@@ -165,6 +169,8 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
       window: examples packed together.
       seed: of the order of a window's rows.
       catalogue: has the loss weights of tokens (`CatalogueSpace.catalogue(forced_token_weight)`); None: all weigh 1.
+      start_id: what a segment begins with; the tokenizer's `start_id`.
+      eos_id: what ends an item; the tokenizer's `eos_id`.
       apply_length_check: SeqIO's own check of the lengths.
 
     Raises:
@@ -187,9 +193,12 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
         window: int = 1024,
         seed: int = 0,
         catalogue: TokenCatalogue | None = None,
+        start_id: int = PAD_ID,
+        eos_id: int = EOS_ID,
         apply_length_check: bool = True,
     ):
-        super().__init__(pack=pack, apply_length_check=apply_length_check, bos_id=PAD_ID)
+        super().__init__(pack=pack, apply_length_check=apply_length_check, bos_id=start_id)
+        self.start_id, self.eos_id = start_id, eos_id
         self.row_tokens = row_tokens
         self.seed = seed
         self.catalogue = catalogue
@@ -236,7 +245,7 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
         """The filled rows of one window, in the order of `KEYS`."""
         inputs, targets, segment_lengths, items = (Ragged(parts[i], parts[i + 1]) for i in range(0, 8, 2))
         window = Window(inputs, targets, segment_lengths, items, *parts[8:])
-        examples = window.examples(self.catalogue)
+        examples = window.examples(self.catalogue, self.start_id, self.eos_id)
         if self.pack:
             rows = packing_lib.pack_window(examples.lengths, packing, seed=self.seed, window=int(number))
         else:

@@ -30,7 +30,7 @@ from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
 from calrec_jax.tasks import metrics, preprocessors
 from calrec_jax.tasks.source import CalrecDataSource, CatalogueSpace
-from calrec_jax.vocabularies import CalrecVocabulary
+from calrec_jax.vocabularies import load_vocabulary
 
 PREFIX = "calrec_"
 MAX_TARGET_TOKENS = 128
@@ -61,7 +61,7 @@ def register_dataset(
 
     Args:
       dataset_folder: as `calrec prepare` wrote it.
-      tokenizer_folder: as `calrec vocab` wrote it.
+      tokenizer_folder: as `calrec vocab` or `calrec import_hf` wrote it.
       name: of the task, without the prefix; None: the dataset's.
       max_target_tokens: most tokens of an item, EOS included; longer texts are cut.
       metric_fns: SeqIO metric functions beside `metrics.RankingMetrics`.
@@ -74,10 +74,10 @@ def register_dataset(
     """
     if max_target_tokens < 2:
         raise CalrecError(f"max_target_tokens={max_target_tokens}: needs at least 2 (one token and EOS)")
-    vocabulary = CalrecVocabulary(tokenizer_folder)
+    vocabulary = load_vocabulary(tokenizer_folder)
     manifest = artifacts.read_manifest(dataset_folder, kind="dataset")
-    template = artifacts.read_manifest(tokenizer_folder, kind="tokenizer")["made_from"]["template"]
-    if manifest["made_from"]["template"] != template:
+    template = artifacts.read_manifest(tokenizer_folder, kind="tokenizer")["made_from"].get("template")
+    if template is not None and manifest["made_from"]["template"] != template:  # an imported one goes with any
         raise CalrecError(
             f"{dataset_folder} was made with another template than {tokenizer_folder}; make one of them again"
         )

@@ -46,7 +46,9 @@ def attention(config, layer, i, x):
     scale = 1 / math.sqrt(config.get("query_pre_attn_scalar", width))
     cap = config.get("attn_logit_softcapping")
     q, k, v = (
-        (x @ layer[f"self_attn.{n}_proj.weight"].T + layer.get(f"self_attn.{n}_proj.bias", 0.0)).reshape(len(x), -1, width)
+        (x @ layer[f"self_attn.{n}_proj.weight"].T + layer.get(f"self_attn.{n}_proj.bias", 0.0)).reshape(
+            len(x), -1, width
+        )
         for n in "qkv"
     )
     if "self_attn.q_norm.weight" in layer:

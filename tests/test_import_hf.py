@@ -131,7 +131,11 @@ def test_greedy_samples_equal_the_reference(imported):
 
 
 def read_all(folder):
-    return {k: v for file in pathlib.Path(folder).glob("*.safetensors") for k, v in safetensors.numpy.load_file(file).items()}
+    return {
+        k: v
+        for file in pathlib.Path(folder).glob("*.safetensors")
+        for k, v in safetensors.numpy.load_file(file).items()
+    }
 
 
 def assert_same(a, b):
@@ -140,7 +144,9 @@ def assert_same(a, b):
         assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(n, np.float32) for n in NAMES] + [("gemma3", ml_dtypes.bfloat16), ("qwen2", np.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, np.float32) for n in NAMES] + [("gemma3", ml_dtypes.bfloat16), ("qwen2", np.float16)]
+)
 def test_there_and_back_is_the_same_bit_for_bit(tmp_path, name, dtype):
     tensors = hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS[name], dtype=dtype, shards=3, family=name)
     first = import_hf(tmp_path / "hf", tmp_path / "first")
@@ -178,7 +184,10 @@ def test_parameters_lie_as_training_lays_them_and_the_gin_file_says_the_same_mod
         model = Transformer(made, facts["vocab_size"])
         wanted = steps.abstract_state(model, optax.identity(), steps.make_mesh())[0].params
         jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, wanted)
-        assert families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings() == made.settings()
+        assert (
+            families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings()
+            == made.settings()
+        )
 
 
 def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
@@ -201,7 +210,9 @@ def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
     assert (written["model_type"], written["architectures"], written["torch_dtype"]) == (
         "llama", ["LlamaForCausalLM"], "float32",
     )  # fmt: skip
-    got = model.apply({"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5)))
+    got = model.apply(
+        {"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5))
+    )
     np.testing.assert_allclose(got[0], hf_reference.logits(written, read_all(out), np.arange(5) + 3), atol=2e-4)
     with pytest.raises(CalrecError, match="no family of open models.*nearest is llama.*scale_embeddings=True"):
         families.family_of(dataclasses.replace(config, scale_embeddings=True))
@@ -226,4 +237,192 @@ def test_the_host_holds_one_tensor_and_one_shard(tmp_path):
         tracemalloc.stop()
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     assert total > 60 * largest
-    assert peak < 4 * largest + 2**21, "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
+    assert peak < 4 * largest + 2**21, (
+        "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
+    )
+
+
+class Folder:
+    """A whole folder, and how to spoil it."""
+
+    def __init__(self, path, name="gemma3"):
+        self.path = path
+        self.tensors = hf_folders.write_folder(path, hf_folders.CONFIGS[name], family=name)
+
+    def config(self, **fields):
+        values = json.loads((self.path / "config.json").read_text()) | fields
+        (self.path / "config.json").write_text(json.dumps(values))
+
+    def tensor(self, name, value):
+        kept = {k: v for k, v in (self.tensors | {name: value}).items() if v is not None}
+        safetensors.numpy.save_file(kept, self.path / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "hf")
+
+
+def bad_folder(folder, match):
+    """Refused with words that match, and with nothing left behind."""
+    out = folder.path.parent / "out"
+    with pytest.raises(CalrecError, match=match):
+        import_hf(folder.path, out)
+    assert [p.name for p in folder.path.parent.iterdir()] == [folder.path.name]
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"model_type": "mixtral"}, r"config\.json: model_type='mixtral' is not supported; these are: llama .*gemma3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_scaling: factor=None: must be a number above 0"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map=.*it names code in the folder, which is never run"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.*unquantised"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"hidden_activation": "relu"}, "hidden_activation='relu' is not supported; Gemma 3 has 'gelu_pytorch_tanh'"),
+        ({"hidden_size": "24"}, "hidden_size='24': must be a positive whole number"),
+        ({"num_key_value_heads": 3}, "num_heads=4: must be a multiple of num_kv_heads=3"),
+        ({"layer_types": ["chunked"] * 5}, "layer_types has 5 entries, one of them 'chunked': must be 5"),
+        (
+            {"num_hidden_layers": 6},
+            r"model\.layers\.5\.input_layernorm\.weight is missing \(\[24\] is expected\).*more",
+        ),
+        ({"num_hidden_layers": 4}, r"model\.layers\.4\.\S+ is not expected in this family"),
+        ({"model_type": "qwen3", "hidden_activation": "silu"}, "layernorm.weight is not expected in this family"),
+        ({"intermediate_size": 48}, r"mlp\.\S+ has the shape \[40, 24\], and \[48, 24\] is expected"),
+        ({"vocab_size": 4096}, r"embed_tokens\.weight has the shape \[512, 24\], and \[4096, 24\] is expected"),
+    ],
+)
+def test_a_config_that_the_decoder_cannot_follow_is_named(folder, fields, match):
+    folder.config(**fields)
+    bad_folder(folder, match)
+
+
+def test_tensors_that_are_missing_strange_misshapen_or_quantised_are_named(folder):
+    name = "model.layers.1.self_attn.q_norm.weight"
+    folder.tensor(name, None)
+    bad_folder(folder, rf"its tensors are not those of its config\.json: {name} is missing \(\[10\] is expected\)")
+    folder.tensor(name, np.ones(11, np.float32))
+    bad_folder(folder, rf"{name} has the shape \[11\], and \[10\] is expected")
+    folder.tensor(name, np.ones(10, np.int8))
+    bad_folder(folder, rf"{name} has the type I8, and one of \['F32', 'F16', 'BF16'\] is expected")
+    folder.tensor("model.layers.0.adapter.weight", np.ones(3, np.float32))
+    bad_folder(folder, r"model\.layers\.0\.adapter\.weight is not expected in this family")
+    folder.tensor("lm_head.weight", folder.tensors["model.embed_tokens.weight"] + 1)
+    bad_folder(folder, r"tie_word_embeddings is true, and lm_head\.weight is not equal to embed_tokens")
+    folder.tensor("model.embed_tokens.weight", None)
+    bad_folder(folder, r"the tensor model\.embed_tokens\.weight is missing")
+
+
+def test_what_folders_have_beside_the_model_does_no_harm(folder):
+    """A table stored twice (Qwen 3), tables of old versions, the towers of a model of images (Gemma 3)."""
+    extra = {
+        "lm_head.weight": folder.tensors["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32),
+    }
+    safetensors.numpy.save_file(folder.tensors | extra, folder.path / "model.safetensors")
+    out = export_hf(import_hf(folder.path, folder.path.parent / "in"), folder.path.parent / "out")
+    assert_same(read_all(out), folder.tensors | {"lm_head.weight": extra["lm_head.weight"]})
+
+    whole = json.loads((folder.path / "config.json").read_text())
+    text = {k: v for k, v in whole.items() if k not in ("architectures", "torch_dtype")}
+    (folder.path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    )
+    tower = {"vision_tower.layers.0.weight": np.ones(3, np.float32)}
+    inside = {f"language_model.{name}": x for name, x in folder.tensors.items()}
+    safetensors.numpy.save_file(inside | tower, folder.path / "model.safetensors")
+    import_hf(folder.path, folder.path.parent / "images")
+    out = export_hf(folder.path.parent / "images", folder.path.parent / "text")
+    assert_same(read_all(out), folder.tensors)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+
+
+def test_files_that_are_cut_off_missing_or_pickle_are_named(tmp_path):
+    folder = Folder(tmp_path / "hf")
+    file = folder.path / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (len(whole) - 100, 50, 4):
+        file.write_bytes(whole[:size])
+        bad_folder(folder, r"model\.safetensors: is no whole safetensors file .*cut off, download it again")
+    file.unlink()
+    bad_folder(folder, r"has neither model\.safetensors nor model\.safetensors\.index\.json")
+    (folder.path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    bad_folder(folder, r"pytorch_model\.bin, which is pickle and may run code.*save_pretrained")
+    (folder.path / "config.json").unlink()
+    bad_folder(folder, r"config\.json is missing")
+
+
+def test_an_index_that_does_not_hold_is_named(tmp_path):
+    hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS["qwen3"], shards=2, family="qwen3")
+    folder = Folder.__new__(Folder)
+    folder.path = tmp_path / "hf"
+    path = folder.path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+
+    def with_map(**changes):
+        path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | changes}))
+
+    with_map(**{"model.norm.weight": "../other.safetensors"})
+    bad_folder(folder, r"weight_map names '\.\./other\.safetensors', which is no \*\.safetensors beside it")
+    with_map(**{"model.norm.weight": "model-00003-of-00002.safetensors"})
+    bad_folder(folder, r"model-00003-of-00002\.safetensors is missing; model\.safetensors\.index\.json names it")
+    files = sorted({*index["weight_map"].values()})
+    other = files[1 - files.index(index["weight_map"]["model.norm.weight"])]
+    with_map(**{"model.norm.weight": other})
+    bad_folder(folder, rf"{other}: the tensor model\.norm\.weight is missing; .* says it is there")
+    path.write_text("{}")
+    bad_folder(folder, "weight_map is missing")
+
+
+def test_tokenizers_that_do_not_fit_are_named(folder):
+    rows = folder.tensors["model.embed_tokens.weight"]
+    folder.config(vocab_size=400)
+    folder.tensor("model.embed_tokens.weight", rows[:400])
+    bad_folder(folder, r"tokenizer\.json: has 512 ids, and config\.json's vocab_size is 400")
+    folder.config(vocab_size=4000)
+    folder.tensor("model.embed_tokens.weight", np.ones((4000, 24), np.float32))
+    bad_folder(folder, r"tokenizer\.json: has 512 ids, and config\.json's vocab_size is 4,000")
+    folder.config(vocab_size=512)
+    folder.tensor("model.embed_tokens.weight", rows)
+    names = json.loads((folder.path / "tokenizer_config.json").read_text())
+    (folder.path / "tokenizer_config.json").write_text(json.dumps(names | {"eos_token": "<stop>"}))
+    bad_folder(folder, r"eos_token='<stop>' is no token of tokenizer\.json")
+    (folder.path / "tokenizer_config.json").unlink()
+    folder.config(eos_token_id=None)
+    bad_folder(folder, r"neither tokenizer_config\.json \(eos_token\) nor config\.json \(eos_token_id\) says")
+    folder.config(eos_token_id=700)
+    bad_folder(folder, "the eos id 700 is not in the model's vocabulary of 512")
+    (folder.path / "tokenizer.json").write_text("{}")
+    bad_folder(folder, r"tokenizer\.json: is no tokenizer of the tokenizers library")
+    (folder.path / "tokenizer.json").unlink()
+    bad_folder(folder, r"has neither tokenizer\.json nor tokenizer\.model")
+
+
+def test_import_is_skipped_when_done_and_refused_over_another(folder, capsys):
+    out = folder.path.parent / "out"
+    import_hf(folder.path, out)
+    import_hf(folder.path, out)
+    assert "is done already, skipped" in capsys.readouterr().out
+    folder.tensor("model.norm.weight", np.ones(24, np.float32))
+    with pytest.raises(CalrecError, match=r"made from another model\.safetensors"):
+        import_hf(folder.path, out)
+
+
+def test_exports_that_cannot_be_are_named(folder, tmp_path):
+    made = import_hf(folder.path, tmp_path / "in")
+    with pytest.raises(CalrecError, match="--dtype=int8: must be one of"):
+        export_hf(made, tmp_path / "out", dtype="int8")
+    with pytest.raises(CalrecError, match="--max_shard_gib=0: must be above 0"):
+        export_hf(made, tmp_path / "out", max_shard_gib=0)
+    with pytest.raises(CalrecError, match="hf exists already"):
+        export_hf(made, folder.path)
+    other = Folder(tmp_path / "other", "qwen3")
+    import_hf(other.path, tmp_path / "qwen3")
+    with pytest.raises(CalrecError, match="is not the tokenizer that .* was trained with .*--tokenizer"):
+        export_hf(made, tmp_path / "out", tokenizer=tmp_path / "qwen3" / "tokenizer")
+    export_hf(made, tmp_path / "half", dtype="bfloat16")
+    assert {x.dtype for x in read_all(tmp_path / "half").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert not (tmp_path / "out").exists()

@@ -165,7 +165,9 @@ def _evaluate(
     )
     evaluator = seqio.Evaluator(
         predictor.task,
-        CalrecFeatureConverter(pack=False),
+        CalrecFeatureConverter(
+            pack=False, start_id=source.space.tokenizer.start_id, eos_id=source.space.tokenizer.eos_id
+        ),
         eval_split=predictor.split,
         sequence_length={"inputs": history_budget(facts, catalogue), "targets": facts["max_target_tokens"]},
         num_examples=num_examples,

@@ -21,7 +21,7 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import TransformerConfig
 from calrec_jax.pretrained import families, reader
 from calrec_jax.pretrained.import_hf import CONFIG_FILE, TOKENIZER_FOLDER
-from calrec_jax.pretrained.tensors import Leaf, leaves
+from calrec_jax.pretrained.tensors import HEAD, Leaf, leaves
 from calrec_jax.pretrained.tokenizer import FILES
 from calrec_jax.tokenizer import MODEL_FILE, Tokenizer
 from calrec_jax.train.checkpoints import load_checkpoint
@@ -109,6 +109,8 @@ def _plan(config: TransformerConfig, vocab_size: int, dtype: str | None, origin:
     yield from (one(leaf, 0) for leaf in first)
     yield from (one(leaf, i) for i in range(config.num_layers) for leaf in own if leaf.layers)
     yield from (one(leaf, 0) for leaf in last)
+    if origin.get("repeats_embedding"):
+        yield dataclasses.replace(one(first[0], 0), name=HEAD)
 
 
 def _shards(plan: Sequence[_Tensor], limit: float) -> list[list[_Tensor]]:
@@ -136,9 +138,7 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[_Tensor]], params: Any
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         size = sum(tensor.bytes for shard in shards for tensor in shard)
-        artifacts.write_json(
-            folder / reader.INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+        artifacts.write_json(folder / reader.INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _config(

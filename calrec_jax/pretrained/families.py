@@ -135,7 +135,9 @@ def from_hf(config: Json, where: str) -> Described:
     family = FAMILIES.get(str(text.get("model_type")))
     if family is None:
         known = ", ".join(f"{f.model_type} ({f.title})" for f in FAMILIES.values())
-        raise CalrecError(f"{where}: model_type={text.get('model_type')!r} is not supported; these are: {known}, gemma3")
+        raise CalrecError(
+            f"{where}: model_type={text.get('model_type')!r} is not supported; these are: {known}, gemma3"
+        )
     fields = _Fields({**family.defaults, **text}, where)
     fields.check(family)
     sizes = {ours: fields.integer(theirs) for ours, theirs in _SIZES.items()}
@@ -333,7 +335,9 @@ def to_hf(config: TransformerConfig, vocab_size: int, family: Family) -> dict[st
     }
     if "query_pre_attn_scalar" in family.defaults:
         scalar = c.query_pre_attention_scalar or c.head_width
-        out["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar  # transformers 5 wants a whole one
+        out["query_pre_attn_scalar"] = (
+            int(scalar) if scalar == int(scalar) else scalar
+        )  # transformers 5 wants a whole one
         out["attn_logit_softcapping"], out["final_logit_softcapping"] = c.attention_soft_cap, c.logit_soft_cap
     if "rope_local_base_freq" in family.defaults:
         out["rope_local_base_freq"] = c.local_rope_base or c.rope_base

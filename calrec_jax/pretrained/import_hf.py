@@ -25,7 +25,7 @@ from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.pretrained import reader
 from calrec_jax.pretrained import tokenizer as tokenizers
 from calrec_jax.pretrained.families import Described, from_hf
-from calrec_jax.pretrained.tensors import Leaf, leaves
+from calrec_jax.pretrained.tensors import HEAD, Leaf, leaves
 from calrec_jax.train import checkpoints as ckpt
 from calrec_jax.train import step as steps
 
@@ -61,10 +61,13 @@ def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | N
         if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings={}):
             print(f"import_hf: {out} is done already, skipped")
             return out
-        facts = _facts(folder, described, tokenizer, tensors.dtypes([n for leaf in wanted for n in leaf.names(prefix)]))
+        facts = _facts(folder, described, tokenizer, tensors.dtypes(wanted, prefix))
+        facts["origin"]["repeats_embedding"] = described.config.tied_embeddings and HEAD in tensors
         with artifacts.atomic_folder(out) as temporary:
             params = load_parameters(tensors, wanted, prefix, described, mesh_shape)
-            _write(temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from)
+            _write(
+                temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from
+            )
             tokenizer.write(temporary / TOKENIZER_FOLDER)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"import_hf: {described.family.title}, {count:,} parameters → {out}")
@@ -167,12 +170,6 @@ def _write(
 
 
 def gin_text(config: TransformerConfig, title: str) -> str:
-    """A gin file that gives these settings, without those that only say how a model is run."""
-    runtime = {*dataclasses.asdict(config)} - {*config.settings()}
-    defaults = TransformerConfig.defaults()
-    lines = [f"# {title}.", "TransformerConfig:"]
-    for name, value in dataclasses.asdict(config).items():
-        always = name in ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        if name not in runtime and (always or value != defaults[name]):
-            lines.append(f"  {name} = {value!r}")
-    return "\n".join(lines) + "\n"
+    """A gin file that gives these settings, whatever files stand before it; how a model is run is left to those."""
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name in config.settings()}
+    return "\n".join([f"# {title}.", "TransformerConfig:", *(f"  {k} = {v!r}" for k, v in own.items())]) + "\n"

@@ -64,7 +64,9 @@ class Tensors:
         try:
             return self._open[self._file_of[name]].get_tensor(name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CalrecError(f"{self.folder / self._file_of[name]}: cannot read the tensor {name} ({error})") from error
+            raise CalrecError(
+                f"{self.folder / self._file_of[name]}: cannot read the tensor {name} ({error})"
+            ) from error
 
     def prefix(self) -> str:
         """What the names of the text model begin with."""
@@ -79,7 +81,9 @@ class Tensors:
     def check(self, wanted: Sequence[Leaf], prefix: str, tied: bool) -> None:
         """Raises a `CalrecError` naming tensors that are missing, not expected, misshapen or of an unreadable type."""
         shapes = {name: leaf.hf_shape for leaf in wanted for name in leaf.names(prefix)}
-        problems = [f"{name} is missing ({list(shape)} is expected)" for name, shape in shapes.items() if name not in self]
+        problems = [
+            f"{name} is missing ({list(shape)} is expected)" for name, shape in shapes.items() if name not in self
+        ]
         for name in self._file_of:
             if name in shapes:
                 shape, dtype = self.shape(name), self.dtype(name)
@@ -101,9 +105,10 @@ class Tensors:
                 "set it to false in config.json if the model has a table of its own"
             )
 
-    def dtypes(self, names: Sequence[str]) -> dict[str, str]:
-        """The type of each tensor."""
-        return {name: DTYPES[self.dtype(name)] for name in names}
+    def dtypes(self, wanted: Sequence[Leaf], prefix: str) -> dict[str, str]:
+        """The type of each tensor, by its name in a folder of a text model."""
+        pairs = (pair for leaf in wanted for pair in zip(leaf.names(), leaf.names(prefix), strict=True))
+        return {name: DTYPES[self.dtype(own)] for name, own in pairs}
 
 
 @contextlib.contextmanager
@@ -152,5 +157,7 @@ def _index(folder: Path) -> dict[str, str] | None:
         raise CalrecError(f"{folder / INDEX_FILE}: weight_map is missing, or is not a table of tensors and files")
     strange = sorted(v for v in weight_map.values() if Path(v).name != v or not v.endswith(".safetensors"))
     if strange:
-        raise CalrecError(f"{folder / INDEX_FILE}: weight_map names {strange[0]!r}, which is no *.safetensors beside it")
+        raise CalrecError(
+            f"{folder / INDEX_FILE}: weight_map names {strange[0]!r}, which is no *.safetensors beside it"
+        )
     return weight_map

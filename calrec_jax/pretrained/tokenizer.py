@@ -162,7 +162,9 @@ class JsonTokenizer(ImportedTokenizer):
         try:
             self._library = tokenizers.Tokenizer.from_buffer(self.model)
         except Exception as error:  # the library raises nothing more exact
-            raise CalrecError(f"{self.folder / self.file}: is no tokenizer of the tokenizers library ({error})") from error
+            raise CalrecError(
+                f"{self.folder / self.file}: is no tokenizer of the tokenizers library ({error})"
+            ) from error
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True
@@ -230,7 +232,9 @@ def from_hf(folder: Path, described: Described) -> ImportedTokenizer:
     """
     kind = next((kind for name, kind in _CLASSES.items() if (folder / name).is_file()), None)
     if kind is None:
-        raise CalrecError(f"{folder}: has neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; a model is read with its tokenizer")
+        raise CalrecError(
+            f"{folder}: has neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; a model is read with its tokenizer"
+        )
     tokenizer = kind(folder, {}, described.vocab_size)
     names = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second says more, where both are there
@@ -248,7 +252,9 @@ def from_hf(folder: Path, described: Described) -> ImportedTokenizer:
     return kind(folder, ids, described.vocab_size)
 
 
-def _special(tokenizer: ImportedTokenizer, names: Mapping[str, Any], config: Mapping[str, Any], what: str) -> int | None:
+def _special(
+    tokenizer: ImportedTokenizer, names: Mapping[str, Any], config: Mapping[str, Any], what: str
+) -> int | None:
     """The id of "bos", "eos" or "pad": by its name in the tokenizer's files, else by its number in the model's."""
     token = names.get(f"{what}_token")
     token = token.get("content") if isinstance(token, Mapping) else token
