@@ -145,7 +145,7 @@ def open_engine(url: str, scratch: Path, memory_limit: str, threads: int | None)
 def _connected(url: str, scratch: Path, memory_limit: str, threads: int | None) -> Iterator[Any]:
     if url == DUCKDB:
         connection = ibis.duckdb.connect(
-            scratch / "relational.duckdb",
+            ":memory:",
             memory_limit=memory_limit,
             temp_directory=str(scratch / "spill"),
             preserve_insertion_order=False,

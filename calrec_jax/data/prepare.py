@@ -254,7 +254,8 @@ class _Category:
         self.card["statistics"] = audit.statistics(engine, walked, users)
         self.card["leakage"] = audit.leakage(engine, walked)
         purchases = walked.order_by("user_id", "position").select("item_id", "timestamp")
-        return items, engine.export(users.order_by("user_id")), engine.export(purchases)
+        named = relational.with_names(users, self._users).order_by("user_id")
+        return items, engine.export(named), engine.export(purchases)
 
     def _stage(self, rule: str, table: Table, before: Table | None = None, **facts: Any) -> Table:
         """Notes what a rule left; `before`, no longer needed, is dropped."""
@@ -278,7 +279,9 @@ class _Category:
         official = self._settings["split"] == OFFICIAL
         part = splits.official_parts(read) if official else ibis.literal(0, "int8")
         columns = ["user_id", "item_id", "timestamp", "line", "text_hash"]
-        read = self._stage("read", self._engine.materialise(read.select(*columns, part=part)))
+        self._users = self._engine.materialise(relational.numbered(read))
+        purchases = relational.with_numbers(read.select(*columns, part=part), self._users)
+        read = self._stage("read", self._engine.materialise(purchases))
         if official:
             without = self._engine.row(read.filter(_.part < 0).agg(count=_.count()))["count"]
             if without:

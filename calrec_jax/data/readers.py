@@ -40,6 +40,7 @@ INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
 FILE_BITS = 40  # a row's `line` is its file's place << FILE_BITS | its line number
 _ROW_GROUP = 65_536  # rows
+_REPEATED = ["item_id", "split", "category", "brand", "price"]  # columns worth a dictionary
 _MOST_THREADS = 8
 
 
@@ -236,7 +237,8 @@ def _stage(
     for place, source in enumerate(files):
         bad_lines.check(where, counts, at_end=False)
         counts.append(LineCounts(source.name))
-        with pq.ParquetWriter(folder / f"part-{place:05}.parquet", schema, compression="zstd") as writer:
+        path = folder / f"part-{place:05}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_REPEATED) as writer:
             for table in _row_groups(read_file(source, counts, bad_lines), schema):
                 numbers = table["line"] if not place else pc.add(table["line"], place << FILE_BITS)
                 writer.write_table(table.set_column(len(schema) - 1, "line", numbers))
