@@ -119,9 +119,13 @@ class Layout:
         return tuple(dict.fromkeys([*self.attributes, *wanted]))
 
 
+def wanted(release: amazon.Release) -> tuple[str, str, str, str, str]:
+    """Names of the fields that `scan` takes, in its order."""
+    return release.user, release.item, release.time, release.text, release.summary
+
+
 def _amazon(name: str, reviews: str, metadata: str) -> Layout:
     release = amazon.RELEASES[name]
-    wanted = (release.user, release.item, release.time, release.text, release.summary)
 
     def read_reviews(
         source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, threads: int
@@ -132,7 +136,9 @@ def _amazon(name: str, reviews: str, metadata: str) -> Layout:
             return _batches(lines.records(reading), INTERACTIONS_SCHEMA)
         from calrec_jax.data import scan  # loads a compiler
 
-        return scan.batches(reading, wanted, INTERACTIONS_SCHEMA, milliseconds=release.milliseconds, threads=threads)
+        return scan.batches(
+            reading, wanted(release), INTERACTIONS_SCHEMA, milliseconds=release.milliseconds, threads=threads
+        )
 
     def read_metadata(
         source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, attributes: tuple[str, ...]
