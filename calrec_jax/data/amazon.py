@@ -230,7 +230,8 @@ def item_parser(release: Release, attributes: Sequence[str], counts: LineCounts)
         record = load(line)
         repaired: list[str] = []
         row = (fields.identifier(record, release.item_id), *[read(record, repaired) for read in readers])
-        counts.repaired.update(repaired)
+        if repaired:
+            counts.repaired.update(repaired)
         return row
 
     return parse

@@ -3,14 +3,17 @@
 A cleaned attribute is one line of text, or None where nothing is left; the reader counts what became absent.
 """
 
+import functools
 import html
 import re
 from collections.abc import Sequence
 
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_MARKED = re.compile(r"[&<\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")  # a text without any of these is plain
 # Only with a semicolon: "black&notebook" is no "¬ebook".
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_REMEMBERED = 4096  # values: paths, brands and prices are few
 _UNESCAPES = 3  # some dumps are escaped more than once: "&amp;amp;#39;"
 
 # Only HTML's own names: "<5 V", "a < b" and "Lamp <Blue>" stay as they are.
@@ -36,6 +39,8 @@ _BY_LINE = re.compile(r"\s*by\s*\n\s*")  # "by\n    \n    Microsoft"
 
 def clean_text(value: str) -> str | None:
     """One line of plain text: entities resolved, tags removed, whitespace folded; None when nothing is left."""
+    if not _MARKED.search(value):
+        return " ".join(value.split()) or None
     for _ in range(_UNESCAPES):
         value = _without_tags(value)
         unescaped = _ENTITY.sub(lambda entity: html.unescape(entity[0]), value)
@@ -62,13 +67,19 @@ def clean_category(levels: Sequence[str], main: str | None = None) -> str | None
 
     Some dumps give the main category as an image; its alternative text is taken.
     """
-    path = ", ".join(dict.fromkeys(text for text in map(clean_text, levels) if text))
+    path = _path(tuple(levels))
     if path or not main:
         return path or None
     image = _ALT.search(main)
     return clean_text(image.group(1) if image else main)
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _path(levels: tuple[str, ...]) -> str:
+    return ", ".join(dict.fromkeys(text for text in map(clean_text, levels) if text))
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
 def clean_brand(value: str) -> str | None:
     """The brand, or None for blanks and words that say that there is none."""
     text = clean_text(_BY_LINE.sub("", value, count=1) if _BY_LINE.match(value) else value)
@@ -79,6 +90,7 @@ def clean_brand(value: str) -> str | None:
     return _NO_BRAND.get(text.casefold(), text)
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def clean_price(value: str) -> str | None:
     """A price or a range of prices as written, or None for anything else (style sheets, words)."""
     text = clean_text(value)

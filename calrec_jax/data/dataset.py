@@ -52,6 +52,7 @@ SEQUENCES_SCHEMA = pa.schema(
 )
 _USERS = 1 << 14  # of a row group
 _ITEMS = 1 << 14
+_GROUPS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +206,10 @@ def _typed(path: Path, table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _sequence_arrays(path: Path, item_ids: pa.Array, content: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Reads the list columns into flat arrays and checks them against the catalogue, a group of users at a time."""
-    parts = [_group_arrays(path, group, item_ids) for group in _groups(path, SEQUENCES_SCHEMA, content)]
+    groups = _groups(path, SEQUENCES_SCHEMA, content)
+    # Several at once: the catalogue is hashed anew for each part.
+    together = iter(lambda: list(itertools.islice(groups, _GROUPS_AT_ONCE)), [])
+    parts = [_group_arrays(path, pa.concat_tables(part), item_ids) for part in together]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     user_ids, lengths = arrays["user_ids"], arrays.pop("lengths")
     if (user_ids[1:] <= user_ids[:-1]).any():

@@ -11,7 +11,9 @@ import contextlib
 import importlib.util
 import os
 import re
+import resource
 import shutil
+import sys
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -121,7 +123,8 @@ def open_engine(url: str, scratch: Path, memory_limit: str, threads: int | None)
       url: "duckdb", ``pyspark://?spark.master=local[2]`` (further settings of Spark after ``&``), or any other URL of
         `ibis.connect`.
       scratch: a folder for what does not fit the memory, and for results on their way out.
-      memory_limit: of DuckDB's buffers, or of Spark's driver unless the URL sets it.
+      memory_limit: of this process, DuckDB included: its buffers get what the process has not held so far, a third at
+        least. With Spark, of its driver, unless the URL sets it.
       threads: of DuckDB; None: all cores.
 
     Raises:
@@ -144,9 +147,10 @@ def open_engine(url: str, scratch: Path, memory_limit: str, threads: int | None)
 @contextlib.contextmanager
 def _connected(url: str, scratch: Path, memory_limit: str, threads: int | None) -> Iterator[Any]:
     if url == DUCKDB:
+        # Tables in memory, which spill beyond the limit: in a file each would be compressed and written, to be dropped.
         connection = ibis.duckdb.connect(
-            scratch / "relational.duckdb",
-            memory_limit=memory_limit,
+            ":memory:",
+            memory_limit=f"{_left_of(_bytes(memory_limit))}B",
             temp_directory=str(scratch / "spill"),
             preserve_insertion_order=False,
             **({} if threads is None else {"threads": threads}),
@@ -198,7 +202,17 @@ def _spark(url: str, scratch: Path, memory_limit: str) -> Iterator[Any]:
 
 
 def _megabytes(limit: str) -> int:
+    return max(1, _bytes(limit) // 2**20)
+
+
+def _bytes(limit: str) -> int:
     match = _BYTES.fullmatch(limit)
     assert match is not None
     number, prefix, binary = match.groups()
-    return max(1, int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1) / 2**20))
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix.upper()) + 1))
+
+
+def _left_of(limit: int) -> int:
+    """What of a process's limit, in bytes, is left for DuckDB: all but what the process has held so far, or a third."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(limit // 3, limit - peak)

@@ -14,8 +14,9 @@ _FOLDED = np.zeros(256, np.uint8)  # 0: left out
 _FOLDED[128:] = range(128, 256)
 for _code in filter(str.isalnum, map(chr, range(128))):
     _FOLDED[ord(_code)] = ord(_code.lower())
+_BITS = (_FOLDED > 0).astype(np.uint64) * np.uint64(8)
 _FACTOR = np.uint64(0xC6A4A7935BD1E995)
-_SHIFT, _BYTE, _WORD, _ZERO, _ONE = (np.uint64(number) for number in (47, 8, 64, 0, 1))
+_SHIFT, _BYTE, _WORD, _ZERO, _ONE, _TWO, _THREE = map(np.uint64, (47, 8, 64, 0, 1, 2, 3))
 _BACKSLASH = 92
 
 
@@ -37,21 +38,19 @@ def _mixed(value, word):
 def add(data, begin, end, state, escapes):
     """The state after the bytes [begin, end) of `data`; with `escapes`, a backslash and the next byte are left out."""
     value, word, bits, length = state
-    at = begin
+    at, end = np.uint64(begin), np.uint64(end)  # without a sign numba need not ask whether it counts from the end
     while at < end:
         byte = data[at]
         if escapes and byte == _BACKSLASH:  # all that one character says after it is no letter: \" \\ \/ \b \f \n \r \t
-            at += 2
+            at += _TWO
             continue
-        at += 1
-        folded = np.uint64(_FOLDED[byte])
-        if folded:
-            word |= folded << bits
-            bits += _BYTE
-            length += _ONE
-            if bits == _WORD:
-                value = _mixed(value, word)
-                word, bits = _ZERO, _ZERO
+        at += _ONE
+        word |= np.uint64(_FOLDED[byte]) << bits
+        bits += _BITS[byte]  # without a branch: one in six bytes is left out, and none can say which
+        if bits == _WORD:
+            value = _mixed(value, word)
+            length += _BYTE
+            word, bits = _ZERO, _ZERO
     return value, word, bits, length
 
 
@@ -59,6 +58,7 @@ def add(data, begin, end, state, escapes):
 def finish(state):
     """(hash as a signed integer, whether there was a letter or digit)."""
     value, word, bits, length = state
+    length += bits >> _THREE
     if bits:
         value = _mixed(value, word)
     value = (value ^ length) * _FACTOR

@@ -53,7 +53,7 @@ def chunks(source: sources.Source, max_bytes: int = MAX_LINE_BYTES) -> Iterator[
             block, skipping = block[end + 1 :], False
         end = block.rfind(b"\n") + 1
         if end:
-            data, rest = rest + block[:end], block[end:]
+            data, rest = b"".join((rest, memoryview(block)[:end])), block[end:]
             yield from _by_length(number, data, max_bytes)
             number += data.count(b"\n")
         else:

@@ -92,8 +92,9 @@ def prepare(
         ranking; turn this off for metadata that covers far more than the reviews do.
       template: writes the item texts; the default one when None.
       engine: "duckdb", or a URL: ``pyspark://?spark.master=local[2]``, ``bigquery://project/dataset``.
-      memory_limit: what the engine may hold in memory, such as "3GB"; the rest goes to a folder beside `out`.
-      threads: of DuckDB; None: all cores.
+      memory_limit: what this process may hold while the rules run, such as "3GB"; what does not fit goes to a folder
+        beside `out`. The finished dataset, which is read back, comes on top where it is larger.
+      threads: of the reader and of DuckDB; None: all cores.
       cache_dir: where staged files are kept; None: `.staged` beside `out`.
       cache_gib: what the kept files may take, in GiB; 0: none is kept.
 
@@ -141,6 +142,7 @@ def prepare(
             {**reader_settings, "max_bad_share": max_bad_share},
             quarantine=quarantine,
             limit_bytes=int(cache_gib * 2**30),
+            threads=threads,
         )
         with engines.open_engine(engine, scratch, memory_limit, threads) as opened:
             category = _Category(opened, raw, settings)
@@ -254,7 +256,8 @@ class _Category:
         self.card["statistics"] = audit.statistics(engine, walked, users)
         self.card["leakage"] = audit.leakage(engine, walked)
         purchases = walked.order_by("user_id", "position").select("item_id", "timestamp")
-        return items, engine.export(users.order_by("user_id")), engine.export(purchases)
+        named = relational.with_names(users, self._users).order_by("user_id")
+        return items, engine.export(named), engine.export(purchases)
 
     def _stage(self, rule: str, table: Table, before: Table | None = None, **facts: Any) -> Table:
         """Notes what a rule left; `before`, no longer needed, is dropped."""
@@ -278,7 +281,9 @@ class _Category:
         official = self._settings["split"] == OFFICIAL
         part = splits.official_parts(read) if official else ibis.literal(0, "int8")
         columns = ["user_id", "item_id", "timestamp", "line", "text_hash"]
-        read = self._stage("read", self._engine.materialise(read.select(*columns, part=part)))
+        self._users = self._engine.materialise(relational.numbered(read))
+        purchases = relational.with_numbers(read.select(*columns, part=part), self._users)
+        read = self._stage("read", self._engine.materialise(purchases))
         if official:
             without = self._engine.row(read.filter(_.part < 0).agg(count=_.count()))["count"]
             if without:

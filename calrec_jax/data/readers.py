@@ -40,6 +40,7 @@ INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
 FILE_BITS = 40  # a row's `line` is its file's place << FILE_BITS | its line number
 _ROW_GROUP = 65_536  # rows
+_REPEATED = ["item_id", "split", "category", "brand", "price"]  # columns worth a dictionary
 _MOST_THREADS = 8
 
 
@@ -118,9 +119,13 @@ class Layout:
         return tuple(dict.fromkeys([*self.attributes, *wanted]))
 
 
+def wanted(release: amazon.Release) -> tuple[str, str, str, str, str]:
+    """Names of the fields that `scan` takes, in its order."""
+    return release.user, release.item, release.time, release.text, release.summary
+
+
 def _amazon(name: str, reviews: str, metadata: str) -> Layout:
     release = amazon.RELEASES[name]
-    wanted = (release.user, release.item, release.time, release.text, release.summary)
 
     def read_reviews(
         source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, threads: int
@@ -131,7 +136,9 @@ def _amazon(name: str, reviews: str, metadata: str) -> Layout:
             return _batches(lines.records(reading), INTERACTIONS_SCHEMA)
         from calrec_jax.data import scan  # loads a compiler
 
-        return scan.batches(reading, wanted, INTERACTIONS_SCHEMA, milliseconds=release.milliseconds, threads=threads)
+        return scan.batches(
+            reading, wanted(release), INTERACTIONS_SCHEMA, milliseconds=release.milliseconds, threads=threads
+        )
 
     def read_metadata(
         source: Source, counts: list[LineCounts], bad_lines: Quarantine, _: Columns, attributes: tuple[str, ...]
@@ -236,7 +243,8 @@ def _stage(
     for place, source in enumerate(files):
         bad_lines.check(where, counts, at_end=False)
         counts.append(LineCounts(source.name))
-        with pq.ParquetWriter(folder / f"part-{place:05}.parquet", schema, compression="zstd") as writer:
+        path = folder / f"part-{place:05}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_REPEATED) as writer:
             for table in _row_groups(read_file(source, counts, bad_lines), schema):
                 numbers = table["line"] if not place else pc.add(table["line"], place << FILE_BITS)
                 writer.write_table(table.set_column(len(schema) - 1, "line", numbers))

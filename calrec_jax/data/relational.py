@@ -23,10 +23,34 @@ def in_order() -> Any:
     return ibis.window(group_by="user_id", order_by=list(ORDER))
 
 
+def numbered(interactions: Table) -> Table:
+    """The users, a row each: `user_id`, and `number` from 0 (int32), which is in the order of the ids."""
+    number = ibis.row_number().over(ibis.window(order_by="user_id")).cast("int32")
+    return interactions.select("user_id").distinct().mutate(number=number)
+
+
+def with_numbers(interactions: Table, users: Table) -> Table:
+    """The purchases with their users' numbers for `user_id`: the rules run several times as fast on them as on text."""
+    named = users.select(name=_.user_id, number=_.number)  # engines name a doubled column differently
+    columns = {column: _[column] for column in interactions.columns if column != "user_id"}
+    return interactions.join(named, [interactions.user_id == named.name]).select(user_id=_.number, **columns)
+
+
+def with_names(rows: Table, users: Table) -> Table:
+    """Rows with the users' ids for their numbers again."""
+    named = users.select(name=_.user_id, number=_.number)
+    columns = {column: _[column] for column in rows.columns if column != "user_id"}
+    return rows.join(named, [rows.user_id == named.number]).select(user_id=_.name, **columns)
+
+
 def drop_duplicates(interactions: Table) -> Table:
     """Keeps the first line of each (user, item, time): dumps repeat whole reviews."""
-    first = interactions.group_by("user_id", "item_id", "timestamp").agg(line=_.line.min())
-    return interactions.semi_join(first, "line")
+    keys = ("user_id", "item_id", "timestamp")
+    several = interactions.group_by(*keys).agg(first=_.line.min(), count=_.count()).filter(_["count"] > 1)
+    right = several.select(**{f"same_{key}": _[key] for key in keys}, first=_.first)
+    same = [interactions[key] == right[f"same_{key}"] for key in keys]
+    later = interactions.join(right, [*same, interactions.line > right.first])
+    return interactions.anti_join(later.select("line"), "line")
 
 
 def drop_near_duplicates(interactions: Table, seconds: int) -> Table:

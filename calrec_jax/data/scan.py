@@ -32,6 +32,9 @@ _OPEN_LIST, _CLOSE_LIST, _OPEN, _CLOSE, _TILDE = 91, 93, 123, 125, 126
 _ESCAPES = np.zeros(256, np.uint8)  # what may follow a backslash; `u` is 2
 _ESCAPES[list(b'"\\/bfnrt')] = 1
 _ESCAPES[ord("u")] = 2
+_PLAIN = np.zeros(256, np.bool_)  # in a string, what says itself
+_PLAIN[_SPACE : _TILDE + 1] = True
+_PLAIN[[_QUOTE, _BACKSLASH]] = False
 _HEX = np.zeros(256, np.bool_)
 _HEX[list(b"0123456789abcdefABCDEF")] = True
 
@@ -51,24 +54,24 @@ def _string(data, at):
     """
     escaped = 0
     while True:
-        byte = data[at]
-        if byte == _QUOTE:
+        place = np.uint64(at)  # without a sign numba need not ask whether it counts from the end
+        while _PLAIN[data[place]]:
+            place += np.uint64(1)
+        at = np.int64(place)
+        if data[at] == _QUOTE:
             return at, escaped
-        if byte == _BACKSLASH:
-            kind = _ESCAPES[data[at + 1]]
-            if kind == 0:
-                return -1, 0
-            at += 2
-            if kind == 2:
-                for _ in range(4):
-                    if not _HEX[data[at]]:
-                        return -1, 0
-                    at += 1
-            escaped = max(escaped, int(kind))
-            continue
-        if byte < _SPACE or byte > _TILDE:
+        if data[at] != _BACKSLASH:
             return -1, 0
-        at += 1
+        kind = _ESCAPES[data[at + 1]]
+        if kind == 0:
+            return -1, 0
+        at += 2
+        if kind == 2:
+            for _ in range(4):
+                if not _HEX[data[at]]:
+                    return -1, 0
+                at += 1
+        escaped = max(escaped, int(kind))
 
 
 @compiled

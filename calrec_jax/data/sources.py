@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 from isal import igzip, isal_zlib
@@ -27,7 +27,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _BLOCK = 1 << 20
-_DAMAGED = (EOFError, isal_zlib.error)  # what igzip raises besides OSError
+_DAMAGED = (EOFError, cast(type[Exception], isal_zlib.error))  # what igzip raises besides OSError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ def read_or_reuse(
     *,
     quarantine: Path,
     limit_bytes: int,
+    threads: int | None = None,
 ) -> tuple[readers.RawCategory, bool]:
     """Reads a category into the cache, or takes it from there.
 
@@ -39,6 +40,7 @@ def read_or_reuse(
       settings: keyword arguments of `readers.read` (layout, attributes, max_bad_share).
       quarantine: file of bad lines, written in both cases.
       limit_bytes: what all entries may take together.
+      threads: that scan; they change nothing of what is read.
 
     Returns:
       The category, and whether it was there.
@@ -56,7 +58,7 @@ def read_or_reuse(
         os.utime(entry / artifacts.MANIFEST)
     else:
         shutil.rmtree(entry, ignore_errors=True)
-        _read(entry, files, request, quarantine)
+        _read(entry, files, request, quarantine, threads)
         _prune(cache, entry, limit_bytes)
     manifest = artifacts.read_manifest(entry, kind=KIND)
     counts = {
@@ -80,9 +82,22 @@ def _line_counts(row: Mapping[str, Any], source: Source) -> LineCounts:
     return LineCounts(source.name, row["lines"], row["kept"], **counters)
 
 
-def _read(entry: Path, files: Mapping[str, Sequence[Source]], request: Mapping[str, Any], quarantine: Path) -> None:
+def _read(
+    entry: Path,
+    files: Mapping[str, Sequence[Source]],
+    request: Mapping[str, Any],
+    quarantine: Path,
+    threads: int | None,
+) -> None:
     with artifacts.atomic_folder(entry) as temporary:
-        raw = readers.read(temporary, files["reviews"], files["metadata"], quarantine=quarantine, **request["settings"])
+        raw = readers.read(
+            temporary,
+            files["reviews"],
+            files["metadata"],
+            quarantine=quarantine,
+            threads=threads,
+            **request["settings"],
+        )
         shutil.copyfile(quarantine, temporary / QUARANTINE_FILE)
         artifacts.write_manifest(
             temporary,

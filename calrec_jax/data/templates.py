@@ -10,6 +10,7 @@ datasets carry the template's fingerprint and refuse one another when it differs
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -67,12 +68,12 @@ class Template:
         settings = {"version": VERSION, **dataclasses.asdict(self)}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def field_names(self) -> tuple[str, ...]:
         """The words before the colons: ``Title``, ``Shelf life`` of ``shelf_life``. BM25's index has none of them."""
         return tuple(name[0].upper() + name[1:].replace("_", " ") for name in self.attributes)
 
-    @property
+    @functools.cached_property
     def field_prefixes(self) -> tuple[str, ...]:
         """The field names as they stand in the text: ``"Title: "``, ``" Category: "``, …"""
         return tuple(f"{' ' if i else ''}{name}: " for i, name in enumerate(self.field_names))
