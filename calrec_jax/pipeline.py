@@ -102,8 +102,8 @@ class Line:
             users = [name for name, own in self.rankings.items() if own == decode]
             if decode not in self.decodes or ranking not in places:
                 raise CalrecError(
-                    f"run.candidates: {decode} is to score the ranking {ranking!r}; run.decodes has {self.decodes}, and "
-                    f"run.rankings {tuple(self.rankings)}"
+                    f"run.candidates: {decode} is to score the ranking {ranking!r}; run.decodes has {self.decodes}, "
+                    f"and run.rankings {tuple(self.rankings)}"
                 )
             if any(places[name] <= places[ranking] for name in users):
                 raise CalrecError(f"run.rankings: {ranking} must stand before {users}, which rank what {decode} scores")
