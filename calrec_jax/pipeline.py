@@ -37,7 +37,7 @@ _PASSED = {
     "vocab": ("out", "datasets", "template"),
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
-    "rank": ("out", "dataset", "completions", "split", "baseline"),
+    "rank": ("out", "dataset", "completions", "split", "baseline", "index_dir"),
     "sasrec": ("out", "dataset"),
     "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
 }
@@ -208,8 +208,15 @@ class Line:
         completions = self.layout.completions(self.split, decode) if decode is not None else None
         out = self.layout.ranking(self.split, name)
         with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
-            own = {"missing": "skip"} if self._part else {}
-            rank(out, self._dataset(self.target), completions, split=self.split, **own)
+            own: dict[str, Any] = {"missing": "skip"} if self._part else {}
+            rank(
+                out,
+                self._dataset(self.target),
+                completions,
+                split=self.split,
+                index_dir=self.layout.index,
+                **own,
+            )
 
     def baseline(self, name: str) -> None:
         """Trains a baseline of `baselines`, and ranks the catalogue by it."""
