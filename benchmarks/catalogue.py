@@ -3,7 +3,7 @@
 Words come from the synthetic shop and, since it has only some hundred, from invented ones behind them, with
 frequencies that fall as in Zipf's law. Items come in families (one brand, one kind, one line of words; model numbers,
 sizes and colours differ), every item's category starts with the same two words, and more than half of all words occur
-once: as in Industrial and Scientific,.
+once, as in Industrial and Scientific.
 """
 
 import dataclasses

@@ -38,6 +38,11 @@ class RunLayout:
         """What the ranking named `name` says for a split."""
         return self.root / "rankings" / f"{split}-{name}"
 
+    @property
+    def index(self) -> pathlib.Path:
+        """BM25 indices of catalogues, a folder each, where they are kept."""
+        return self.root / "index"
+
     def baseline(self, name: str) -> pathlib.Path:
         """A baseline that is trained: its model."""
         return self.root / "baselines" / name

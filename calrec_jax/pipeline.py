@@ -37,7 +37,7 @@ _PASSED = {
     "vocab": ("out", "datasets", "template"),
     "train": ("out", "datasets", "tokenizer", "init_from"),
     "decode": ("out", "dataset", "tokenizer", "checkpoint", "split"),
-    "rank": ("out", "dataset", "completions", "split", "baseline"),
+    "rank": ("out", "dataset", "completions", "split", "baseline", "index_dir"),
     "sasrec": ("out", "dataset"),
     "evaluate": ("out", "dataset", "rankings", "split", "files", "oracle", "run_dir"),
     "export": ("out", "format", "origin", "dataset", "tokenizer"),
@@ -106,8 +106,8 @@ class Line:
             users = [name for name, own in self.rankings.items() if own == decode]
             if decode not in self.decodes or ranking not in places:
                 raise CalrecError(
-                    f"run.candidates: {decode} is to score the ranking {ranking!r}; run.decodes has {self.decodes}, and "
-                    f"run.rankings {tuple(self.rankings)}"
+                    f"run.candidates: {decode} is to score the ranking {ranking!r}; run.decodes has {self.decodes}, "
+                    f"and run.rankings {tuple(self.rankings)}"
                 )
             if any(places[name] <= places[ranking] for name in users):
                 raise CalrecError(f"run.rankings: {ranking} must stand before {users}, which rank what {decode} scores")
@@ -221,8 +221,15 @@ class Line:
         completions = self.layout.completions(self.split, decode) if decode is not None else None
         out = self.layout.ranking(self.split, name)
         with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
-            own = {"missing": "skip"} if self._part else {}
-            rank(out, self._dataset(self.target), completions, split=self.split, **own)
+            own: dict[str, Any] = {"missing": "skip"} if self._part else {}
+            rank(
+                out,
+                self._dataset(self.target),
+                completions,
+                split=self.split,
+                index_dir=self.layout.index,
+                **own,
+            )
 
     def baseline(self, name: str) -> None:
         """Trains a baseline of `baselines`, and ranks the catalogue by it."""

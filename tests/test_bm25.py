@@ -1,5 +1,7 @@
 """The BM25 layer: its tokens, bm25s' own scores bit for bit, empty queries, and the index on disk."""
 
+import mmap
+
 import bm25s
 import numpy as np
 import pytest
@@ -108,7 +110,11 @@ def test_a_saved_index_gives_the_same_scores_with_its_own_tokenizer(tmp_path):
     np.testing.assert_array_equal(loaded.scores(["cafe glue", "Title: 10."]), index.scores(["café glue", "Title: 10."]))
     for own, theirs in zip(loaded.best(["cafe glue"], 2), index.best(["café glue"], 2), strict=True):
         np.testing.assert_array_equal(own, theirs)
-    assert isinstance(loaded._postings.row_data.base, np.memmap)  # shared, not copied
+    for name in ("data", "items", "starts", "row_starts", "row_words", "row_data", "common"):
+        owner = getattr(loaded._postings, name)
+        while isinstance(owner, np.ndarray) and owner.base is not None:
+            owner = owner.base
+        assert isinstance(owner, mmap.mmap), name  # shared, not copied
 
 
 def test_a_damaged_index_is_named(tmp_path):
@@ -124,7 +130,7 @@ def test_a_damaged_index_is_named(tmp_path):
     path.unlink()
     with pytest.raises(CalrecError, match=r"row_data\.npy"):
         BM25Index.load(tmp_path / "bm25", "d", check=False)
-    with pytest.raises(CalrecError, match=r"manifest\.json"):
+    with pytest.raises(CalrecError, match="bm25_index .* is not complete"):
         BM25Index.load(tmp_path, "d")
 
 

@@ -10,7 +10,8 @@ from calrec_jax.rank import ordering, sources
 from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.first_places import FirstPlaces
 from calrec_jax.rank.ordering import Scores, order
-from calrec_jax.rank.round_robin import RoundRobin, RoundRobinConfig, UserTexts, round_robin_scores
+from calrec_jax.rank.round_robin import RoundRobin, RoundRobinConfig, round_robin_scores
+from calrec_jax.rank.user_texts import UserTexts
 
 NUM_ITEMS = 300
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
 
 import gin
 import numpy as np
@@ -17,7 +19,8 @@ from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.completions import Completions
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.ordering import order
-from calrec_jax.rank.round_robin import round_robin_scores
+from calrec_jax.rank.parts import CompletionTexts, Job, rank_in_processes
+from calrec_jax.rank.round_robin import RoundRobinConfig, round_robin_scores
 from calrec_jax.rank.run import FROM_HISTORIES, rank
 from calrec_jax.rank.shards import SCHEMA, RankingReader
 
@@ -389,3 +392,62 @@ def test_gin_binds_the_verb(tmp_path, dataset, completions):
     finally:
         gin.clear_config()
     assert manifest["list_depth"] == 3 and manifest["settings"]["bm25"]["strip_accents"] is True
+
+
+def test_several_processes_rank_as_one_does(tmp_path, dataset, completions):
+    options = {"depth": 3, "leave_out_history": "last"}
+    alone = rank(tmp_path / "alone" / "test-x", dataset, completions, **options)
+    shared = rank(tmp_path / "shared" / "test-x", dataset, completions, processes=2, **options)
+    read_back = [artifacts.read_manifest(folder, kind="ranking") for folder in (alone, shared)]
+    assert read_back[0]["hash"] == read_back[1]["hash"] and read_back[0]["files"] == read_back[1]["files"]
+    assert not (tmp_path / "alone" / "index").exists()
+    (index,) = (tmp_path / "shared" / "index").iterdir()
+    assert BM25Index.load(index, dataset.hash).num_items == len(dataset.item_ids)
+    (index / "row_words.npy").write_bytes(b"")
+    with pytest.raises(CalrecError, match=r"row_words\.npy"):
+        rank(tmp_path / "shared" / "again", dataset, completions, processes=2, **options)
+    with pytest.raises(CalrecError, match=r"rank\.processes is 0"):
+        rank(tmp_path / "none", dataset, completions, processes=0)
+
+
+@pytest.mark.parametrize("depth", [3, 17], ids=["short lists", "whole catalogue"])
+def test_shards_are_the_same_however_many_processes_write_them(tmp_path, dataset, completions, depth):
+    loaded = Completions(completions, dataset, ["texts", "log_probs", "num_tokens"])
+    texts = CompletionTexts(dataset, loaded.users, loaded.user_texts("sum"), 0.01, RoundRobinConfig())
+    index = tmp_path / "index"
+    BM25Index(dataset.texts).save(index, dataset.hash)
+    made = {}
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        job = Job(texts, index, "test", "all", np.zeros(0, np.int64), depth, out, shard_users=4)
+        job.run() if processes == 1 else rank_in_processes(job, processes)
+        made[processes] = artifacts.hash_files(sorted(out.iterdir()))
+    assert list(made[1]) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert made[1] == made[3]
+
+
+def test_a_process_that_dies_is_named(tmp_path, dataset, completions):
+    loaded = Completions(completions, dataset, ["texts", "log_probs", "num_tokens"])
+    texts = CompletionTexts(dataset, loaded.users, loaded.user_texts("sum"), 0.01, RoundRobinConfig())
+    job = Dies(texts, tmp_path, "test", "none", np.zeros(0, np.int64), 3, tmp_path)
+    with pytest.raises(CalrecError, match=r"set rank\.processes lower"):
+        rank_in_processes(job, 2)
+
+
+class Dies(Job):
+    """A job whose process is killed."""
+
+    def run(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_fusion_of_a_part_of_the_users(tmp_path, dataset, rows):
+    part = write_completions(tmp_path / "part", dataset, rows[:7])
+    rank(tmp_path / "test-a", dataset, part, missing="skip")
+    rank(tmp_path / "test-b", dataset, None, source="popularity")
+    fuse = {"a": 1.0, "b": 0.5}
+    with pytest.raises(CalrecError, match="has no list of 5 users"):
+        rank(tmp_path / "test-c", dataset, None, source="fusion", fuse=fuse)
+    out = rank(tmp_path / "test-d", dataset, None, source="fusion", fuse=fuse, missing="skip")
+    assert set(read(out)) == {row["user_id"] for row in rows[:7]}

@@ -12,7 +12,8 @@ from ranking_data import completion_rows, make_dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.ordering import Scores, dense_ranks, order, written_scores
-from calrec_jax.rank.round_robin import RoundRobin, UserTexts, round_robin_scores
+from calrec_jax.rank.round_robin import RoundRobin, round_robin_scores
+from calrec_jax.rank.user_texts import UserTexts
 
 
 def reference(catalogue, texts, log_probs, num_tokens, epsilon, score):

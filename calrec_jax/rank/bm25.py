@@ -36,6 +36,7 @@ NORMALIZATIONS = ("nfkc", "lower")
 KIND = "bm25_index"
 _ROWS = ("most", "row_starts", "row_words", "row_data", "common_of", "common_scale", "common")  # beside bm25s' own
 _MOST_WORST = 4096
+_MOST_WORST_HELD = 1000  # 50 MB
 
 
 @gin.configurable
@@ -209,29 +210,36 @@ class BM25Index:
         slot_of = np.full(len(self._indptr) - 1, -1, np.int32)
         for row, text in enumerate(texts):
             words = np.array(self.token_ids(text), np.uint32)
-            items, bounds = self._worst_items(words)
+            items, bounds = self._worst_items(tuple(word for word in words.tolist() if word in self._everywhere))
             least[row] = pruning.lowest_score(self._postings, words, items, bounds, slot_of)
             if least[row] < 0:
                 least[row] = self.scores([text])[0].min()
         return least
 
-    def _worst_items(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @functools.cached_property
+    def _everywhere(self) -> frozenset[int]:
+        """The words that all items have."""
+        return frozenset(np.flatnonzero(np.diff(self._indptr) == self.num_items).tolist())
+
+    def _worst_items(self, everywhere: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Items that might have the least score, and bounds of it (`pruning.lowest_score`).
 
-        Words that all items have decide who is last; without any, items with few words are likely to score 0.
+        Words that all items have, in the text's order, decide who is last; without any, items with few words are
+        likely to score 0. A float32 sum of positive numbers never falls when numbers are put between, so the bounds
+        hold to the last bit.
         """
-        everywhere = words[np.diff(self._indptr)[words] == self.num_items]
-        key = tuple(sorted(everywhere.tolist()))
-        if key not in self._worst:
-            bounds = np.zeros(self.num_items)
-            for word in key:
+        if everywhere not in self._worst:
+            bounds = np.zeros(self.num_items, np.float32)
+            for word in everywhere:
                 own = slice(self._indptr[word], self._indptr[word + 1])
                 bounds[self._indices[own]] += self._data[own]
-            second = np.diff(self._postings.row_starts.view(np.int64))
-            by = np.lexsort((second, bounds))[:_MOST_WORST]
-            # float32 sums in another order: no score is less than this
-            self._worst[key] = by, bounds[by] * (1.0 - 1e-5)
-        return self._worst[key]
+            by = bounds if everywhere else np.diff(self._postings.row_starts.view(np.int64))
+            some = np.argpartition(by, min(_MOST_WORST, self.num_items) - 1)[:_MOST_WORST]
+            some = some[np.argsort(by[some], kind="stable")]
+            if len(self._worst) == _MOST_WORST_HELD:
+                self._worst.clear()
+            self._worst[everywhere] = some, bounds[some]
+        return self._worst[everywhere]
 
     def save(self, folder: pathlib.Path, dataset_hash: str) -> None:
         """Writes the index: bm25s' own files, the rows of items, the tokenizer's settings and a manifest.

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from calrec_jax import artifacts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
-from calrec_jax.rank.round_robin import UserTexts, check_count
 from calrec_jax.rank.sources import Constrained, Tower
+from calrec_jax.rank.user_texts import UserTexts, check_count
 
 MISSING = ("error", "skip")
 

@@ -19,7 +19,7 @@ import numpy as np
 from calrec_jax.compiled import compiled
 
 COMMON_WORDS = 64  # whose scores are kept by item, in a byte each: one cache line an item
-MOST_PRUNED = 128  # from a larger k on, all words that matter are read: pruning has too little to drop
+MOST_PRUNED = 64  # from a larger k on, all words that matter are read: pruning has too little to drop
 _LOOK = 40.0 / 0.8  # looking at an item costs as much as reading so many postings
 _NEGLIGIBLE = 1e-3  # share of a text's greatest score
 
@@ -376,7 +376,7 @@ def lowest_score(postings, words, items, bounds, slot_of):  # pragma: no cover (
       postings: the index.
       words: uint32, of one text.
       items: int64, by ascending bound.
-      bounds: float64, no item from this place on scores less.
+      bounds: float32, no item from this place on scores less, nor one that is not among them.
       slot_of: [words] int32 of −1; left as it was.
     """
     _, _, starts, most, row_starts, row_words, row_data = postings[:7]
@@ -391,7 +391,7 @@ def lowest_score(postings, words, items, bounds, slot_of):  # pragma: no cover (
             break
         score = _exact(row_starts, row_words, row_data, items[place], slot_of, places, values)
         lowest = min(lowest, score)
-    told = told or lowest == 0.0 or len(items) == len(row_starts) - 1
+    told = told or lowest <= bounds[-1] or len(items) == len(row_starts) - 1
     for word in words:
         slot_of[word] = -1
     return lowest if told else np.float32(-1.0)

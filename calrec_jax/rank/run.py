@@ -7,7 +7,7 @@ all is written. The same inputs and settings give the same bytes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
@@ -19,18 +19,16 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.rank import fitting, sources
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
 from calrec_jax.rank.completions import Completions
-from calrec_jax.rank.first_places import FirstPlaces
 from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
 from calrec_jax.rank.histories import Histories
-from calrec_jax.rank.ordering import Ordered
-from calrec_jax.rank.round_robin import EPSILON, RoundRobin, RoundRobinConfig
-from calrec_jax.rank.shards import RankingReader, RankingWriter
+from calrec_jax.rank.parts import ByUser, CompletionTexts, Job, index_folder, kept_index, rank_in_processes, write_lists
+from calrec_jax.rank.round_robin import EPSILON, RoundRobinConfig
+from calrec_jax.rank.shards import RankingReader
 from calrec_jax.rank.sources import LEAVE_OUT
 
 KIND = "ranking"
 WHOLE_CATALOGUE_UP_TO = 20_000
 DEPTH_BEYOND = 1_000
-USERS_A_BLOCK = 256
 FROM_COMPLETIONS = ("completions", "constrained", "tower")
 TRAINED = ("sasrec",)
 BASELINES = (*FROM_HISTORIES, *TRAINED)
@@ -55,6 +53,8 @@ def rank(
     fuse: Mapping[str, float] | None = None,
     baseline: pathlib.Path | None = None,
     fuse_weights: str = "given",
+    processes: int = 1,
+    index_dir: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Ranks the catalogue for every user of a split. Skips when that is done.
 
@@ -78,6 +78,10 @@ def rank(
       fuse_weights: "given" (those of `fuse`), or "fit": the search for the best NDCG@10 on the validation split's
         rankings of the same names, over the users whom all of them rank, begins with them (`rank.fitting`); what it
         finds is in the manifest.
+      processes: how many rank completions (without `fill`; whatever else is ranked takes one). They share the index;
+        the result is the same, but texts that users of several processes have are scored by each.
+      index_dir: where the BM25 index is kept, memory-mapped, for catalogues beyond 20,000 items and for several
+        processes; None: the folder `index` beside `out`.
 
     Returns:
       `out`.
@@ -87,6 +91,8 @@ def rank(
         `out` holds a ranking made otherwise.
     """
     _check_settings(source, fill, leave_out_history, depth, fuse, fuse_weights)
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise CalrecError(f"rank.processes is {processes!r}: it must be a whole number from 1")
     histories = Histories(dataset, split)
     out = pathlib.Path(out)
     tokenizer = BM25Tokenizer()
@@ -115,12 +121,23 @@ def rank(
     for role, (folder, manifest) in inputs.items():
         if role != "baseline":  # orbax checks what it reads
             artifacts.check_files(folder, manifest)
-    index = functools.cache(lambda: BM25Index(dataset.texts, tokenizer))
+    several = processes > 1 and source == "completions" and fill == "none"
+    kept = index_dir or out.parent / "index"
+    keep = several or len(dataset.item_ids) > WHOLE_CATALOGUE_UP_TO
+    index = functools.cache(
+        lambda: kept_index(kept, dataset, tokenizer) if keep else BM25Index(dataset.texts, tokenizer)
+    )
     users = histories.users
     facts: dict[str, Any] = {}
+    ranked: sources.Source
     if source in FROM_COMPLETIONS:
-        assert completions is not None
-        ranked, users = _from_completions(dataset, completions, source, index, epsilon, score, missing, split)
+        loaded = _completions(dataset, completions, source, missing, split)
+        users = loaded.users
+        if source == "completions":
+            texts = CompletionTexts(dataset, users, loaded.user_texts(score), epsilon, RoundRobinConfig())
+            ranked = texts.source(index())
+        else:
+            ranked = ByUser(loaded.constrained() if source == "constrained" else loaded.tower(), users, dataset)
     elif source in TRAINED:
         ranked = _sasrec(dataset, histories, split, baseline)
     elif source == "fusion":
@@ -145,7 +162,11 @@ def rank(
         print(f"calrec: {wordless.size} items have no word in their text, {first!r} first; they go to the bottom")
     cut = min(num_items, depth or (num_items if num_items <= WHOLE_CATALOGUE_UP_TO else DEPTH_BEYOND))
     with artifacts.atomic_folder(out) as temporary:
-        _write(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history, wordless), cut)
+        if several:
+            job = Job(texts, index_folder(kept, dataset, tokenizer), split, leave_out_history, wordless, cut, temporary)
+            rank_in_processes(job, processes)
+        else:
+            write_lists(temporary, dataset, users, sources.LeftOut(ranked, histories, leave_out_history, wordless), cut)
         artifacts.write_manifest(
             temporary,
             kind=KIND,
@@ -273,46 +294,14 @@ def _inputs(
     return inputs
 
 
-class _ByUser:
-    """A source that knows rows of the completions, asked by rows of the dataset."""
-
-    def __init__(self, source: sources.Source, users: np.ndarray, num_users: int):
-        self._source = source
-        self._row_of = np.full(num_users, -1, np.int64)
-        self._row_of[users] = np.arange(len(users))
-
-    def scores(self, users: np.ndarray) -> sources.Scores:
-        return self._source.scores(self._row_of[users])
-
-    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
-        first = getattr(self._source, "first", None)
-        return None if first is None else first(self._row_of[users], depth, rows, items)
-
-
-def _from_completions(
-    dataset: Dataset,
-    folder: pathlib.Path,
-    source: str,
-    index: Callable[[], BM25Index],
-    epsilon: float,
-    score: str,
-    missing: str,
-    split: str,
-) -> tuple[sources.Source, np.ndarray]:
-    """A source that reads completions, and the users who have them."""
+def _completions(dataset: Dataset, folder: pathlib.Path | None, source: str, missing: str, split: str) -> Completions:
     columns = {
         "completions": ("texts", "log_probs", "num_tokens"),
         "constrained": ("item_ids", "log_probs"),
         "tower": ("user_embedding",),
     }
-    loaded = Completions(folder, dataset, columns[source], missing, split)
-    made: sources.Source
-    if source == "completions":
-        config = RoundRobinConfig()
-        made = FirstPlaces(RoundRobin(index(), loaded.user_texts(score), epsilon, config=config, texts=dataset.texts))
-    else:
-        made = loaded.constrained() if source == "constrained" else loaded.tower()
-    return _ByUser(made, loaded.users, len(dataset.user_ids)), loaded.users
+    assert folder is not None
+    return Completions(folder, dataset, columns[source], missing, split)
 
 
 def _sasrec(dataset: Dataset, histories: Histories, split: str, folder: pathlib.Path | None) -> sources.Source:
@@ -321,13 +310,3 @@ def _sasrec(dataset: Dataset, histories: Histories, split: str, folder: pathlib.
 
     assert folder is not None
     return sources.Tower(*load_sasrec(folder, dataset, split), histories.popularity)
-
-
-def _write(folder: pathlib.Path, dataset: Dataset, users: np.ndarray, source: sources.LeftOut, depth: int) -> None:
-    """Ranks and writes all users, block by block."""
-    # Blocks shrink with the catalogue: several float64 matrices of a block live at once.
-    block = max(1, min(USERS_A_BLOCK, 2**23 // len(dataset.item_ids)))
-    with RankingWriter(folder, dataset) as writer:
-        for at in range(0, len(users), block):
-            part = users[at : at + block]
-            writer.write(part, source.lists(part, depth))

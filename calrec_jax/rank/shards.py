@@ -34,15 +34,13 @@ _ITEMS = "item_ids.list.element"
 
 
 class RankingWriter:
-    """Writes blocks of ranked users to `part-00000.parquet`, …: a row group a block."""
+    """Writes blocks of ranked users to one shard: a row group a block."""
 
-    def __init__(self, folder: pathlib.Path, dataset: Dataset):
-        self._folder = folder
+    def __init__(self, folder: pathlib.Path, dataset: Dataset, shard: int = 0):
+        self._path = folder / f"part-{shard:05d}.parquet"
         self._user_ids = dataset.user_ids
         self._item_ids = pa.array(dataset.item_ids, pa.string())
         self._writer: pq.ParquetWriter | None = None
-        self._num_shards = 0
-        self._in_shard = 0
 
     def __enter__(self) -> "RankingWriter":
         return self
@@ -50,12 +48,8 @@ class RankingWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
 
     def write(self, users: np.ndarray, lists: Ordered) -> None:
         """Appends the lists of `users` (rows of the dataset)."""
@@ -70,11 +64,9 @@ class RankingWriter:
             pa.array(lists.ties_beyond_depth),
         ]
         table = pa.table(columns, names=SCHEMA.names)
-        if self._writer is not None and self._in_shard + len(users) > USERS_A_SHARD:
-            self._close()
         if self._writer is None:
             self._writer = pq.ParquetWriter(
-                self._folder / f"part-{self._num_shards:05d}.parquet",
+                self._path,
                 table.schema,
                 compression="zstd",
                 compression_level=3,
@@ -83,10 +75,7 @@ class RankingWriter:
                 store_schema=False,  # a plain list<string> for every reader
                 dictionary_pagesize_limit=2**24,
             )
-            self._num_shards += 1
-            self._in_shard = 0
         self._writer.write_table(table, row_group_size=max(1, len(users)))
-        self._in_shard += len(users)
 
 
 @dataclasses.dataclass(frozen=True)
