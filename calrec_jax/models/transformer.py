@@ -198,7 +198,7 @@ class Block(nn.Module):
         if cache is None:
             mixed = attention_kernels.packed_attention(
                 query, key, value, context["segment_ids"], self.config.attention_block,
-                setting=self.config.attention, rows=self.rows,
+                setting=self._attention(keep_kv), rows=self.rows,
             )  # fmt: skip
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:
@@ -220,6 +220,13 @@ class Block(nn.Module):
         hidden = ACTIVATIONS[self.config.activation](gate) * up
         x = x + self.dropout(self.down("...f,fd->...d", hidden), deterministic=deterministic)
         return _placed(x, self.rows), kv
+
+    def _attention(self, keep_kv: bool) -> str:
+        """Only training's rows are of the length that was asked for; prompts and an initialisation's row are not."""
+        setting = self.config.attention
+        if setting != "splash":
+            return setting
+        return "xla" if self.is_initializing() else "auto" if keep_kv else setting
 
 
 class Transformer(nn.Module):
