@@ -303,55 +303,6 @@ def test_sampled_forced_tokens_have_the_same_expected_weight(small_run):
     assert drawn.mean() == pytest.approx(weights.mean(), rel=0.02)
 
 
-MESHES = """
-import sys, jax, numpy as np
-from calrec_jax.losses import LossConfig
-from calrec_jax.models.transformer import Transformer, TransformerConfig
-from calrec_jax.train import step as steps
-from calrec_jax.train.optimizer import OptimizerConfig
-batch = dict(np.load(sys.argv[1], allow_pickle=False))
-config = TransformerConfig(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24)
-model, optimizer = Transformer(config, int(sys.argv[2])), OptimizerConfig(learning_rate=1e-2).transformation(5)
-results = []
-for shape in ((1, 4, 1, 1), (1, 1, 2, 2)):
-    mesh = steps.make_mesh(shape)
-    state, shardings = steps.init_state(model, optimizer, mesh, 0)
-    step = steps.make_train_step(model, LossConfig(), optimizer, 0, mesh, shardings)
-    for _ in range(2):
-        state, metrics = step(state, jax.device_put(batch, steps.batch_sharding(mesh)))
-    results.append((float(metrics["loss"]), jax.device_get(state.params)))
-for loss, params in results[1:]:
-    assert abs(loss - results[0][0]) < 1e-5, (loss, results[0][0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, results[0][1])
-print(results[0][0])
-"""
-
-
-def test_every_mesh_gives_one_devices_loss_and_parameters(small_run, tmp_path):
-    _, batch = step_case(small_run)
-    np.savez(tmp_path / "batch.npz", **batch)
-    config = TransformerConfig(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, dropout_rate=0.0)
-    model, optimizer = (
-        Transformer(config, small_run.tokenizer.vocab_size),
-        OptimizerConfig(learning_rate=1e-2).transformation(5),
-    )
-    mesh = steps.make_mesh()
-    state, shardings = steps.init_state(model, optimizer, mesh, 0)
-    step = steps.make_train_step(model, LossConfig(), optimizer, 0, mesh, shardings)
-    for _ in range(2):
-        state, metrics = step(state, batch)
-    flags = (
-        "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", MESHES, str(tmp_path / "batch.npz"), str(small_run.tokenizer.vocab_size)],
-        capture_output=True, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.split()[-1]) == pytest.approx(float(metrics["loss"]), abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("binding", "value", "message"),
     [

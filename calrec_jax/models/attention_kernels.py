@@ -42,8 +42,8 @@ def takes_splash(setting: str, rows: NamedSharding | None, length: int) -> bool:
     """Whether packed rows of `length` tokens run by the kernel.
 
     Args:
-      setting: "xla"; "splash", on any platform (off a TPU it is interpreted, for tests); or "auto", the kernel where the
-        device is a TPU and blocks divide the length.
+      setting: "xla"; "splash", on any platform (off a TPU it is interpreted, for tests); or "auto", the kernel where
+        the device is a TPU and blocks divide the length.
       rows: where rows lie; its mesh says what devices they are. None: JAX's default device.
       length: L.
 

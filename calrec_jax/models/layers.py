@@ -137,7 +137,7 @@ class Block(nn.Module):
         if cache is None:
             mixed = attention_kernels.packed_attention(
                 query, key, value, context["segment_ids"], c.attention_block,
-                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap, setting=c.attention, rows=self.rows,
+                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap, setting=self._attention(keep_kv), rows=self.rows,
             )  # fmt: skip
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:
@@ -158,6 +158,13 @@ class Block(nn.Module):
         if c.post_norms:
             out = self.mlp_post_norm(out)
         return placed(x + self.dropout(out, deterministic=deterministic), self.rows), kv
+
+    def _attention(self, keep_kv: bool) -> str:
+        """Only training's rows are of the length that was asked for; prompts and an initialisation's row are not."""
+        setting = self.config.attention
+        if setting != "splash":
+            return setting
+        return "xla" if self.is_initializing() else "auto" if keep_kv else setting
 
     def _heads(self, normed: jax.Array, context: dict[str, Any], local: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query [..., H, C], scaled, and key and value [..., G, C]; the first two turned by their positions."""

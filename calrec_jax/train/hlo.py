@@ -182,7 +182,7 @@ class Program:
         return _constant(counter) if counter is not None and counter.opcode == "constant" else 0
 
     def _stride(self, loop: Instruction, index: int | None) -> int:
-        """What a turn adds to the counter: 1, unless the body stands for several turns of the loop as it was written."""
+        """What a turn adds to the counter: 1, unless the body stands for several turns of the loop as written."""
         body = self.computations[loop.called("body")[0]]
         own = {instruction.name: instruction for instruction in body}
         if index is None or not body or body[-1].opcode != "tuple":
