@@ -79,7 +79,9 @@ def test_categories_of_several_releases_are_kept_apart(tmp_path, dumps, small_ru
     for example in range(6):
         bought = examples.items[examples.start[example] : examples.end[example]]
         dataset, base = datasets[example // 3], 8 * (example // 3)
-        assert (bought - base).tolist() == dataset.train_items(example % 3).tolist(), "no purchase of the other category"
+        assert (bought - base).tolist() == dataset.train_items(example % 3).tolist(), (
+            "no purchase of the other category"
+        )
         for item in bought:
             words = small_run.tokenizer.decode(catalogue.item(item).tolist())
             assert words == dataset.texts[item - base] and ("Game" in words) == (example >= 3)
@@ -116,7 +118,9 @@ def official(tmp_path):
     for name, rows in OFFICIAL.items():
         history = ",history" if name != "train" else ""
         lines = [f"user_id,parent_asin,rating,timestamp{history}"]
-        lines += [f"{user},{item},5.0,{1_600_000_000_000 + time}{',i8 i9' if history else ''}" for user, item, time in rows]
+        lines += [
+            f"{user},{item},5.0,{1_600_000_000_000 + time}{',i8 i9' if history else ''}" for user, item, time in rows
+        ]
         (tmp_path / f"X.{name}.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     write(tmp_path / "meta.jsonl.gz", [{"parent_asin": f"i{k}", "title": f"Thing {k}"} for k in range(7)])
     files = [tmp_path / f"X.{name}.csv.gz" for name in ("test", "train", "valid")]  # in any order
@@ -132,11 +136,13 @@ def test_the_official_split_is_the_files_and_reaches_the_report(tmp_path, offici
             has = user in dataset.users_with(split)
             assert (dataset.item_ids[dataset.target(user, split)] if has else None) == target
     assert dataset.item_ids[dataset.history(0, "test")].tolist() == ["i1", "i0", "i3"]
-    counts = {key: dataset.card["split"][key] for key in ("kind", "train_interactions", "validation_users", "test_users")}
+    counts = {
+        key: dataset.card["split"][key] for key in ("kind", "train_interactions", "validation_users", "test_users")
+    }
     assert counts == {"kind": "official", "train_interactions": 7, "validation_users": 2, "test_users": 3}
     assert dataset.card["leakage"]["out_of_time_order"] == 1  # of b
     metrics = evaluate(tmp_path / "report", dataset, {}, split="test", baselines=("popularity",), resamples=20)
-    # Before the tests i0 was bought three times, i3 twice, i1, i2, i4 and i5 once, i6 never: targets are third to sixth.
+    # Before the tests i0 was bought three times, i3 twice, i1, i2, i4 and i5 once, i6 never: targets are 3rd to 6th.
     (row,) = [row for row in metrics["rows"] if row["name"] == "popularity"]
     assert metrics["users"] == 3
     assert (row["metrics"]["recall@1"], row["metrics"]["recall@10"]) == (0, 1)
