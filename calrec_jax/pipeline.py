@@ -55,7 +55,8 @@ class Line:
       categories: what stage I and the tokenizer are trained on; the target belongs to them, too, when it is listed.
       data_dir: folder or URL of the raw dumps; `raw/` of the run folder when None.
       reviews: file names of a category's reviews in `data_dir`, one or several; `{category}` stands for its name. None:
-        the usual name in `prepare.layout`.
+        the usual name in `prepare.layout`. A dict from category to names where the categories are of several releases;
+        each category is a gin scope of `prepare`, so that `Toys/prepare.layout = "2014"` is of Toys alone.
       metadata: the same of its metadata.
       oracle: the same of the synthetic shop's own probabilities; where there is one, the report shows the ceiling.
       stages: training stages in order, each a gin scope of `train`: "stage1" trains on `categories`, "stage2" on
@@ -77,8 +78,8 @@ class Line:
     target: str
     categories: tuple[str, ...] = ()
     data_dir: str | None = None
-    reviews: str | Sequence[str] | None = None
-    metadata: str | Sequence[str] | None = None
+    reviews: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None
+    metadata: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None
     oracle: str = "oracle_{category}.npz"
     stages: tuple[str, ...] = ("stage1", "stage2")
     decodes: tuple[str, ...] = ("sample",)
@@ -117,6 +118,10 @@ class Line:
         for category in self.all_categories:
             if not category or category.startswith(".") or "/" in category or "\\" in category:
                 raise CalrecError(f"run.categories: {category!r} cannot be the name of a category")
+        for what, names in (("reviews", self.reviews), ("metadata", self.metadata)):
+            unknown = sorted(set(names) - set(self.all_categories)) if isinstance(names, Mapping) else []
+            if unknown:
+                raise CalrecError(f"run.{what} names {unknown}, which are none of {list(self.all_categories)}")
 
     @property
     def all_categories(self) -> tuple[str, ...]:
@@ -140,8 +145,9 @@ class Line:
         """Raises a `CalrecError` for what this run would not read: a scope it never enters, what it passes itself."""
         models = [split_name(name)[0] for name in self.baselines]
         ranks = [*self.rankings, *self.baselines]
-        config.check_scopes([*self.stages, *self.decodes, *ranks, *models])
+        config.check_scopes([*self.all_categories, *self.stages, *self.decodes, *ranks, *models])
         for selector, scopes in (
+            ("prepare", self.all_categories),
             ("train", self.stages),
             ("decode", self.decodes),
             ("rank", ranks),
@@ -161,8 +167,12 @@ class Line:
         from calrec_jax.data.prepare import prepare
 
         out = self.layout.dataset(category)
-        with self.step(f"prepare {category}", out):
-            dataset = prepare(out, name=category, reviews=self.reviews, metadata=self.metadata, data_dir=self._data_dir)
+        scope = gin.config_scope(category) if category.isidentifier() else contextlib.nullcontext()
+        reviews, metadata = (
+            names.get(category) if isinstance(names, Mapping) else names for names in (self.reviews, self.metadata)
+        )
+        with self.step(f"prepare {category}", out), scope:
+            dataset = prepare(out, name=category, reviews=reviews, metadata=metadata, data_dir=self._data_dir)
             print(*(f"  {line}" for line in summary(dataset.card)), sep="\n", flush=True)
 
     def vocab(self) -> None:

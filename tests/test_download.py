@@ -12,8 +12,8 @@ import time
 import pytest
 
 from calrec_jax import cli
-from calrec_jax.data import download as download_lib
-from calrec_jax.data.download import RELEASES, Patience, download
+from calrec_jax.data.download import Patience, download
+from calrec_jax.data.published import RELEASES, SUBSETS
 from calrec_jax.errors import CalrecError
 
 REVIEWS = gzip.compress(os.urandom(200_000), mtime=0)
@@ -216,7 +216,7 @@ def test_names_of_each_release_are_those_that_prepare_looks_for():
         assert release.metadata.rsplit("/", 1)[-1] == layout.metadata
         first = next(iter(release.reviews.values()))
         assert first[0].rsplit("/", 1)[-1] == layout.reviews
-        assert set(release.reviews) <= set(download_lib.SUBSETS)
+        assert set(release.reviews) <= set(SUBSETS)
         assert all(mirror.startswith("https://") for mirror in release.mirrors)
 
 

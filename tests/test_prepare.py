@@ -18,6 +18,7 @@ from calrec_jax.data import engines, staging
 from calrec_jax.data.card import summary
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.prepare import prepare
+from calrec_jax.data.synth import Synth, write_synth
 from calrec_jax.data.templates import ATTRIBUTES, Template
 from calrec_jax.errors import CalrecError
 
@@ -357,6 +358,10 @@ def test_what_an_engine_lacks_is_named(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(engines, "_is_installed", lambda module: False)
     with pytest.raises(CalrecError, match=r"pip install 'calrec_jax\[spark\]'.*prepare\.engine at 'duckdb'"):
         prepare(tmp_path / "d", **raw, engine="pyspark://")
+    with pytest.raises(CalrecError, match=r"bigquery://shop/logs.*pip install 'calrec_jax\[bigquery\]'"):
+        prepare(tmp_path / "d", **raw, engine="bigquery://shop/logs")
+    with pytest.raises(CalrecError, match=r"prepare\.engine='mysql://x': 'duckdb', or a URL such as"):
+        prepare(tmp_path / "d", **raw, engine="mysql://x")
     monkeypatch.setattr(engines, "_is_installed", lambda module: True)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -368,6 +373,32 @@ def test_too_little_memory_is_named(tmp_path, raw):
     with pytest.raises(CalrecError, match=r"prepare\.memory_limit='1KB' is too small for this category: raise it"):
         prepare(tmp_path / "d", **raw, memory_limit="1KB")
     assert not (tmp_path / "d").exists()
+
+
+MEASURED = """
+import resource, sys
+from calrec_jax.data.prepare import prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+limit = f"{(before * 1024 >> 20) + 150}MiB"
+settings = {"memory_limit": limit, "threads": 1} if sys.argv[4] == "limited" else {}
+dataset = prepare(sys.argv[1], name="x", reviews=sys.argv[2], metadata=sys.argv[3], cache_gib=0, **settings)
+print(dataset.hash)
+"""
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_memory_spills_and_changes_nothing(tmp_path):
+    reviews, metadata = write_synth(tmp_path, Synth(users=100_000, items=5_000, reviews_per_user=8, seed=2))
+    hashes = {
+        way: subprocess.run(
+            [sys.executable, "-c", MEASURED, tmp_path / way, reviews, metadata, way],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for way in ("limited", "free")
+    }
+    assert hashes["limited"] == hashes["free"] != ""
 
 
 SHARED = Path(os.environ.get("CALREC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

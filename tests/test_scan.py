@@ -14,7 +14,8 @@ from calrec_jax.errors import CalrecError
 
 REVIEW = {
     "overall": 5.0, "verified": True, "reviewTime": "09 1, 2016", "reviewerID": "A3NSN9WOX8470M",
-    "asin": "B00005Q6DZ", "style": {"Size:": " 10\" \\ \u00e9", "of": [[], {}, [1, {"a": [None, False, -0.5]}]]}, "reviewerName": "J. D\t",
+    "asin": "B00005Q6DZ", "style": {"Size:": " 10\" \\ \u00e9", "of": [[], {}, [1, {"a": [None, False, -0.5]}]]},
+    "reviewerName": "J. D\t",
     "reviewText": "Works \"well\",\nand it's {cheap}: [10/10]\\ \b\f\r", "summary": "Good/bad",
     "unixReviewTime": 1472688000, "vote": "3", "image": ["https://x.invalid/a.jpg"],
 }  # fmt: skip

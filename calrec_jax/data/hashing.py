@@ -21,13 +21,13 @@ _BACKSLASH = 92
 
 
 @compiled
-def start():
+def start():  # pragma: no cover (compiled)
     """The state before a text."""
     return _ZERO, _ZERO, _ZERO, _ZERO
 
 
 @compiled
-def _mixed(value, word):
+def _mixed(value, word):  # pragma: no cover (compiled)
     word *= _FACTOR
     word ^= word >> _SHIFT
     word *= _FACTOR
@@ -35,7 +35,7 @@ def _mixed(value, word):
 
 
 @compiled
-def add(data, begin, end, state, escapes):
+def add(data, begin, end, state, escapes):  # pragma: no cover (compiled)
     """The state after the bytes [begin, end) of `data`; with `escapes`, a backslash and the next byte are left out."""
     value, word, bits, length = state
     at, end = np.uint64(begin), np.uint64(end)  # without a sign numba need not ask whether it counts from the end
@@ -55,7 +55,7 @@ def add(data, begin, end, state, escapes):
 
 
 @compiled
-def finish(state):
+def finish(state):  # pragma: no cover (compiled)
     """(hash as a signed integer, whether there was a letter or digit)."""
     value, word, bits, length = state
     length += bits >> _THREE
@@ -68,6 +68,6 @@ def finish(state):
 
 
 @compiled
-def of_bytes(data):
+def of_bytes(data):  # pragma: no cover (compiled)
     """The same of a whole text, [bytes] uint8."""
     return finish(add(data, 0, len(data), start(), False))
