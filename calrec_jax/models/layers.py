@@ -53,26 +53,36 @@ class RMSNorm(nn.Module):
         return (normed * (1 + scale if self.one_plus else scale)).astype(x.dtype)
 
 
-class Einsum(nn.Module):
-    """A weight and the einsum that applies it; with `bias_axes`, a bias over the result's last axes of these names."""
+class Linear(nn.Module):
+    """A weight, and perhaps a bias: the last axes of an array against the first ones of the weight.
+
+    Attributes:
+      shape: of the weight.
+      axes: their logical names.
+      contracted: how many axes are summed over.
+      scale: of the weight's initial values, beside 1 / √(their fan-in).
+      bias: whether there is one.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    fan_in: int
+    contracted: int = 1
     scale: float = 1.0
-    bias_axes: tuple[str, ...] = ()
+    bias: bool = False
 
     @nn.compact
-    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        """Multiplies `x` by the weight, its second operand, as `equation` says; in the type of `x`."""
-        init = nn.initializers.normal(self.scale / math.sqrt(self.fan_in))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiplies `x` by the weight, in the type of `x`."""
+        n = self.contracted
+        init = nn.initializers.normal(self.scale / math.sqrt(math.prod(self.shape[:n])))
         kernel = self.param("kernel", partitioned(init, self.axes), self.shape, jnp.float32)
-        y = jnp.einsum(equation, x, kernel.astype(x.dtype))
-        if not self.bias_axes:
-            return y
-        sizes = tuple(self.shape[self.axes.index(name)] for name in self.bias_axes)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, self.bias_axes), sizes, jnp.float32)
-        return y + bias.astype(x.dtype)
+        # dot_general rather than einsum: it is what qwix finds a weight's adapters by.
+        ends = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (ends, ((), ()))).astype(x.dtype)  # adapters are float32
+        if self.bias:
+            init = partitioned(nn.initializers.zeros, self.axes[n:])
+            y += self.param("bias", init, self.shape[n:], jnp.float32).astype(x.dtype)
+        return y
 
 
 class Block(nn.Module):
@@ -94,20 +104,19 @@ class Block(nn.Module):
         c = self.config
         d, h, g, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_dim
         residual = 1.0 / math.sqrt(2 * c.num_layers)  # keeps the residual stream's variance flat in depth (GPT-2)
-        bias = ("heads", "kv") if c.qkv_bias else ()
         self.attention_norm, self.mlp_norm = self._norm(), self._norm()
         if c.post_norms:
             self.attention_post_norm, self.mlp_post_norm = self._norm(), self._norm()
         if c.qk_norm:
             self.query_norm, self.key_norm = self._norm("kv"), self._norm("kv")
-        self.query = Einsum((d, h, w), ("embed", "heads", "kv"), d, bias_axes=bias)
+        self.query = Linear((d, h, w), ("embed", "heads", "kv"), bias=c.qkv_bias)
         # Each its own product: slices of a joint one cost a padded copy each in the backward pass.
-        self.key = Einsum((d, g, w), ("embed", "heads", "kv"), d, bias_axes=bias)
-        self.value = Einsum((d, g, w), ("embed", "heads", "kv"), d, bias_axes=bias)
-        self.output = Einsum((h, w, d), ("heads", "kv", "embed"), h * w, residual)
-        self.gate = Einsum((d, f), ("embed", "mlp"), d)
-        self.up = Einsum((d, f), ("embed", "mlp"), d)
-        self.down = Einsum((f, d), ("mlp", "embed"), f, residual)
+        self.key = Linear((d, g, w), ("embed", "heads", "kv"), bias=c.qkv_bias)
+        self.value = Linear((d, g, w), ("embed", "heads", "kv"), bias=c.qkv_bias)
+        self.output = Linear((h, w, d), ("heads", "kv", "embed"), 2, residual)
+        self.gate = Linear((d, f), ("embed", "mlp"))
+        self.up = Linear((d, f), ("embed", "mlp"))
+        self.down = Linear((f, d), ("mlp", "embed"), 1, residual)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def _norm(self, axis: str = "embed") -> RMSNorm:
@@ -147,14 +156,13 @@ class Block(nn.Module):
             mixed = attention.shared_prefix_attention(
                 query, prefix, prefix_mask, kv, suffix_mask, context["cells"], soft_cap=c.attention_soft_cap
             )
-        out = self.output("...hc,hcd->...d", mixed)
+        out = self.output(mixed)
         if c.post_norms:
             out = self.attention_post_norm(out)
         x = placed(x + self.dropout(out, deterministic=deterministic), self.rows)
         normed = self.mlp_norm(x)
-        gate, up = (placed(part("...d,df->...f", normed), self.rows, split=2) for part in (self.gate, self.up))
-        hidden = ACTIVATIONS[c.activation](gate) * up
-        out = self.down("...f,fd->...d", hidden)
+        gate, up = (placed(part(normed), self.rows, split=2) for part in (self.gate, self.up))
+        out = self.down(ACTIVATIONS[c.activation](gate) * up)
         if c.post_norms:
             out = self.mlp_post_norm(out)
         return placed(x + self.dropout(out, deterministic=deterministic), self.rows), kv
@@ -168,9 +176,7 @@ class Block(nn.Module):
 
     def _heads(self, normed: jax.Array, context: dict[str, Any], local: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query [..., H, C], scaled, and key and value [..., G, C]; the first two turned by their positions."""
-        query = self.query("...d,dhc->...hc", normed)
-        key, value = self.key("...d,dgc->...gc", normed), self.value("...d,dgc->...gc", normed)
-        query, key, value = (placed(x, self.rows, split=2) for x in (query, key, value))
+        query, key, value = (placed(part(normed), self.rows, split=2) for part in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         sin, cos = angles_of(context, local)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax import artifacts
@@ -99,13 +98,13 @@ def load_parameters(
     """The parameters, float32, laid out over the mesh by the rules that training lays them out by."""
     mesh = steps.make_mesh(mesh_shape or (1, 1, len(jax.devices()), 1))
     model = Transformer(described.config, described.vocab_size)
-    shardings = steps.abstract_state(model, optax.identity(), mesh)[1].params
+    wanted_params = steps.abstract_params(model, mesh)
     params: dict[str, Any] = {}
     for leaf in wanted:
         own = params
         for name in leaf.path[:-1]:
             own = own.setdefault(name, {})
-        own[leaf.path[-1]] = _stacked(tensors, leaf, prefix, leaf.of(shardings))
+        own[leaf.path[-1]] = _stacked(tensors, leaf, prefix, leaf.of(wanted_params).sharding)
     return params
 
 

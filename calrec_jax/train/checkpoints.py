@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 from calrec_jax import artifacts, hosts
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import TransformerConfig
+from calrec_jax.train import lora
 
 FACTS_FILE = "model.json"
 METRIC = "validation_loss"
@@ -161,7 +163,7 @@ def load_checkpoint(
         if step is None:
             raise CalrecError(f"{stage}/checkpoints: no whole checkpoint there; run `calrec train` again")
         try:
-            if like is None:
+            if like is None or "lora" in facts:
                 device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
                 saved = checkpoints.item_metadata(step).tree["params"]
                 wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), saved)
@@ -173,7 +175,20 @@ def load_checkpoint(
                 f"{stage}/checkpoints/{step}: cannot be read ({str(error).splitlines()[0]}); "
                 f"delete {stage} and train again"
             ) from error
+    if "lora" in facts:
+        params = _merged(stage, facts, params, like)
     return config, params, facts | {"step": step, "hash": artifacts.hash_json([manifest["hash"], step])}
+
+
+def _merged(stage: Path, facts: dict[str, Any], adapters: Any, like: Any) -> Any:
+    """Base and adapters as plain parameters."""
+    path = Path(os.path.normpath(stage.absolute() / facts["base"]["path"]))
+    if not (path / artifacts.MANIFEST).exists():
+        raise CalrecError(f"{stage}: has adapters alone, and their base is not at {path}; put it back there")
+    if artifacts.read_manifest(path, kind="checkpoint")["hash"] != facts["base"]["hash"]:
+        raise CalrecError(f"{stage}: its adapters belong to another base than {path} is now; train the stage again")
+    base = load_checkpoint(path, like=like)[1]
+    return lora.merge(base, adapters, lora.LoraConfig(**facts["lora"]))
 
 
 def _read_params(item: Path, wanted: Any) -> Any:

@@ -28,6 +28,7 @@ from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
 from calrec_jax.train.flops import CHIPS, step_flops
 from calrec_jax.train.hlo import Program
+from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.memory import WAYS_OUT, MemoryPlan, compiled_within_memory, memory_plan
 from calrec_jax.train.optimizer import OptimizerConfig
 
@@ -70,6 +71,8 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
     """
     with gin.config_scope(stage):
         bound = gin.get_bindings("train")
+        if LoraConfig().rank:
+            raise CalrecError("compile: LoraConfig.rank is set, and a step with adapters is not counted yet; set it to 0")
         default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
         vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))

@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from calrec_jax import losses
 from calrec_jax.losses import LossConfig, Metrics, Pooled
 from calrec_jax.models.transformer import Transformer, vocabulary_table
+from calrec_jax.train.lora import join
 
 Batch = dict[str, jax.Array]
 ROWS = ("replica", "data", "fsdp")  # mesh axes that a batch's rows are split over
-Gradients = Callable[[Any, Batch, jax.Array], tuple[Metrics, Any]]
+Gradients = Callable[[Any, Batch, jax.Array, Any], tuple[Metrics, Any]]
 
 
 def activations(model: Transformer, params: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
@@ -44,7 +45,9 @@ def over(model: Transformer, mesh: Mesh) -> Transformer:
 
 
 def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh, micro_batches: int = 1) -> Gradients:
-    """Builds `gradients(params, batch, step) -> (metrics, gradients)`, to be jitted over `mesh`.
+    """Builds `gradients(params, batch, step, frozen) -> (metrics, gradients)`, to be jitted over `mesh`.
+
+    `frozen` are parameters beside `params` that have no gradient (`lora.join`), or None.
 
     Args:
       model: the decoder.
@@ -59,15 +62,16 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
     def rng(step: jax.Array) -> jax.Array | None:
         return jax.random.fold_in(jax.random.key(seed, impl="rbg"), step) if dropout else None
 
-    def whole(params: Any, batch: Batch, step: jax.Array) -> tuple[Metrics, Any]:
+    def whole(params: Any, batch: Batch, step: jax.Array, frozen: Any = None) -> tuple[Metrics, Any]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
+            params = join(frozen, params)
             hidden = activations(model, params, batch, rng(step))
             return losses.calrec_loss(hidden, vocabulary_table(params), batch, config, soft_cap, model.rows)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return metrics, grads
 
-    def accumulated(params: Any, batch: Batch, step: jax.Array) -> tuple[Metrics, Any]:
+    def accumulated(params: Any, batch: Batch, step: jax.Array, frozen: Any = None) -> tuple[Metrics, Any]:
         parts = {name: _split(x, micro_batches, mesh) for name, x in batch.items()}
         index, row_examples = jnp.arange(micro_batches), batch["example_mask"].shape[1]
         weight_sum = jnp.sum(losses.generation_weights(batch, config))
@@ -77,10 +81,11 @@ def make_gradients(model: Transformer, config: LossConfig, seed: int, mesh: Mesh
             return activations(model, params, part, None if key is None else jax.random.fold_in(key, index))
 
         def pool(_, inputs: tuple[Batch, jax.Array]) -> tuple[None, Pooled]:
-            return None, losses.pooled_towers(hidden_of(params, *inputs), inputs[0])
+            return None, losses.pooled_towers(hidden_of(join(frozen, params), *inputs), inputs[0])
 
         def surrogate(params: Any, part: Batch, index: jax.Array, d_pooled: Pooled) -> tuple[jax.Array, jax.Array]:
             """Has the gradient that the whole loss has through this micro-batch; and its sum of L_NIG."""
+            params = join(frozen, params)
             hidden = hidden_of(params, part, index)
             weights = losses.generation_weights(part, config)
             targets = part["decoder_target_tokens"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from calrec_jax.losses import LossConfig
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train import checkpoints as ckpt
+from calrec_jax.train import lora
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
 from calrec_jax.train.feed import Feed, place
+from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.optimizer import OptimizerConfig
 from calrec_jax.train.preemption import Preemption
 from calrec_jax.train.progress import TrainingLog
@@ -50,6 +53,7 @@ class _Plan:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     batching: Batching = dataclasses.field(default_factory=Batching)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         for name in ("num_steps", "eval_every", "eval_users", "patience", "checkpoint_every", "max_skipped", "seed"):
@@ -59,9 +63,8 @@ class _Plan:
 
     def settings(self) -> dict[str, Any]:
         """As the manifest keeps them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
-            "model": self.model.described()
-        }
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "lora"}
+        return own | {"model": self.model.described()} | self.lora.settings()
 
     def stops(self, since_best: int) -> bool:
         """Whether patience has run out."""
@@ -126,6 +129,8 @@ def train(
         max_skipped=max_skipped,
         seed=seed,
     )
+    if plan.lora.rank and init_from is None:
+        raise CalrecError(f"LoraConfig.rank={plan.lora.rank}: there is no base to adapt; set run.init_from, or rank to 0")
     made_from = _inputs(datasets, tokenizer, init_from)
     if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings=plan.settings()):
         print(f"train: {out} is done already, skipped")
@@ -141,8 +146,8 @@ def train(
             f"Batching.batch_rows={batching.batch_rows}: must divide by the mesh's {shards} parts of rows times "
             f"Batching.micro_batches={batching.micro_batches}"
         )
-    origin = ckpt.read_facts(init_from)[1].get("origin") if init_from is not None else None
-    hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets, origin))
+    base = _base_facts(out, init_from, plan.lora)
+    hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets, base))
     with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log, hosts.deaths():
         facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
     if hosts.is_first():
@@ -162,25 +167,32 @@ def _fit(
     log: TrainingLog,
 ) -> dict[str, Any]:
     """Trains from where the stage stands to its end; returns the manifest's facts."""
-    model, optimizer = Transformer(plan.model, tokenizer.vocab_size), plan.optimizer.transformation(plan.num_steps)
-    state, shardings = steps.init_state(model, optimizer, mesh, plan.seed)
+    plain, optimizer = Transformer(plan.model, tokenizer.vocab_size), plan.optimizer.transformation(plan.num_steps)
+    model, frozen = lora.adapted(plain, plan.lora), None
+    if plan.lora.rank:
+        assert init_from is not None
+        frozen = _parameters_from(init_from, plan.model, tokenizer, steps.abstract_params(plain, mesh))
+    trained = {"trained": lora.adapters_of} if plan.lora.rank else {}
+    state, shardings = steps.init_state(model, optimizer, mesh, plan.seed, **trained)
     feed = Feed(stream, mesh, sample_forced_tokens=plan.batching.sample_forced_tokens, seed=plan.seed)
     with ckpt.manager(out) as checkpoints, Preemption() as preemption:
         resumed = ckpt.resume(checkpoints, state)
         if resumed is not None:
             state = resumed
-        elif init_from is not None:
+        elif init_from is not None and frozen is None:
             state = dataclasses.replace(state, params=_parameters_from(init_from, plan.model, tokenizer, state.params))
         step, since_best = int(state.step), int(state.since_best)
         log.resume(step)
         train_step = steps.make_train_step(
-            model, plan.loss, optimizer, plan.seed, mesh, shardings, plan.batching.micro_batches
-        )
+            model, plan.loss, optimizer, plan.seed, mesh, shardings, plan.batching.micro_batches,
+            None if frozen is None else jax.tree.map(lambda x: x.sharding, frozen),
+        )  # fmt: skip
+        rest = () if frozen is None else (frozen,)
         validate = Validation(model, plan.loss, mesh, valid_examples, plan.batching)
         log.start(step, state.params, stream.examples, stream, plan.batching)
         with contextlib.closing(feed.batches(step, plan.num_steps)) as batches:
             while step < plan.num_steps and not plan.stops(since_best):
-                state, metrics = train_step(state, next(batches))
+                state, metrics = train_step(state, next(batches), *rest)
                 step += 1
                 log.step(step, metrics)
                 if log.skipped >= plan.max_skipped:
@@ -188,7 +200,7 @@ def _fit(
                 stopping = preemption.reached(step)
                 if plan.validation_due(step):
                     with log.aside():
-                        values = validate(state.params)
+                        values = validate(lora.join(frozen, state.params))
                         state = _watch(state, values["loss_next_item"])
                         since_best = int(state.since_best)
                         log.validation(step, values, best=since_best == 0)
@@ -252,7 +264,7 @@ def _claim(
     examples: ExampleSet,
     tokenizer: Tokenizer,
     datasets: Sequence[Dataset],
-    origin: dict[str, Any] | None,
+    base: dict[str, Any],
 ) -> None:
     """Writes the stage's facts, or refuses a half-trained folder that was begun with other settings or inputs."""
     settings = plan.settings()
@@ -267,9 +279,7 @@ def _claim(
         "max_target_tokens": plan.batching.max_target_tokens,
         "row_tokens": plan.batching.row_tokens,
         "examples": examples.fingerprint(),
-    }
-    if origin is not None:
-        facts["origin"] = origin  # of the model that was imported; what exports need
+    } | base
     if (out / ckpt.FACTS_FILE).exists():
         old = ckpt.read_facts(out)[1]
         differences = artifacts.request_differences(old["made_from"], old["settings"], made_from, settings)
@@ -281,6 +291,19 @@ def _claim(
         return
     out.mkdir(parents=True, exist_ok=True)
     ckpt.write_facts(out, plan.model, facts)
+
+
+def _base_facts(out: Path, init_from: Path | None, config: LoraConfig) -> dict[str, Any]:
+    """What a stage keeps of the one it starts from: what was imported, and what its adapters belong to."""
+    if init_from is None:
+        return {}
+    origin = ckpt.read_facts(init_from)[1].get("origin")
+    facts: dict[str, Any] = {} if origin is None else {"origin": origin}
+    if config.rank:
+        manifest = artifacts.read_manifest(init_from, kind="checkpoint")
+        path = os.path.relpath(Path(init_from).absolute(), Path(out).absolute())
+        facts |= config.settings() | {"base": {"path": path, "hash": manifest["hash"]}}
+    return facts
 
 
 def _parameters_from(stage: Path, config: TransformerConfig, tokenizer: Tokenizer, like: Any) -> Any:

@@ -58,6 +58,13 @@ class TrainState:
     since_best: jax.Array
 
 
+Trained = Callable[[Any], Any]
+
+
+def _all(params: Any) -> Any:
+    return params
+
+
 def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
     """A mesh over all devices; by default all of them on the "data" axis.
 
@@ -85,36 +92,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, trained: Trained = _all
 ) -> tuple[TrainState, Any]:
     """A fresh state laid out over the mesh, and its shardings.
 
-    Parameters are initialised from `seed` alone: the same on any mesh.
+    Parameters are initialised from `seed` alone: the same on any mesh. `trained` takes out of a model's parameters those
+    that the state has.
     """
-    create = _creator(model, optimizer)
-    _, shardings = abstract_state(model, optimizer, mesh)
+    create = _creator(model, optimizer, trained)
+    _, shardings = abstract_state(model, optimizer, mesh, trained)
     state = jax.jit(lambda key: nn.unbox(create(key)), out_shardings=shardings)(jax.random.key(seed))
     return state, shardings
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Any]:
+def abstract_params(model: Transformer, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of a model's parameters over a mesh."""
+    abstract, shardings = abstract_state(model, optax.identity(), mesh)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract.params, shardings.params
+    )
+
+
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, trained: Trained = _all
+) -> tuple[TrainState, Any]:
     """Shapes of a state, and its shardings over a mesh that need not be there.
 
     Mesh axes that do not divide the dimension they are meant for split another one of the array, where one divides.
     """
-    boxed = jax.eval_shape(_creator(model, optimizer), jax.random.key(0))
+    boxed = jax.eval_shape(_creator(model, optimizer, trained), jax.random.key(0))
     logical = nn.get_partition_spec(boxed)
     shardings = nn.unbox(nn.logical_to_mesh_sharding(logical, mesh, LOGICAL_RULES))
     abstract = nn.unbox(boxed)
     return abstract, jax.tree.map(_evenly, shardings, logical, abstract)
 
 
-def _creator(model: Transformer, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+def _creator(
+    model: Transformer, optimizer: optax.GradientTransformation, trained: Trained
+) -> Callable[[jax.Array], TrainState]:
     """A function that makes a state, parameters boxed with their logical axes, from a key."""
 
     def create(key: jax.Array) -> TrainState:
         tokens = jnp.zeros((1, 8), jnp.int32)
-        params = model.init(key, tokens, tokens, tokens + 1)["params"]
+        params = trained(model.init(key, tokens, tokens, tokens + 1)["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -163,8 +183,11 @@ def make_train_step(
     mesh: Mesh,
     state_shardings: Any,
     micro_batches: int = 1,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    frozen_shardings: Any = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    With `frozen_shardings` it is `train_step(state, batch, frozen)`: parameters that the state does not have, as in LoRA.
 
     `micro_batches` is how many parts of the batch are in memory one after the other; see `gradients.make_gradients`.
 
@@ -172,8 +195,8 @@ def make_train_step(
     """
     gradients = make_gradients(model, loss_config, seed, mesh, micro_batches)
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        metrics, grads = gradients(state.params, batch, state.step)
+    def train_step(state: TrainState, batch: dict[str, jax.Array], frozen: Any = None):
+        metrics, grads = gradients(state.params, batch, state.step, frozen)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -200,7 +223,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
+        in_shardings=(state_shardings, batch_sharding(mesh), *([] if frozen_shardings is None else [frozen_shardings])),
         out_shardings=(state_shardings, replicated),
     )
 
