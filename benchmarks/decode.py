@@ -222,23 +222,54 @@ def beam(arguments):
     batch = random_batch(arguments.users, arguments.prompt)
     batch = batch._replace(tokens=batch.tokens % model.vocab_size)
     shared = {"num_beams": arguments.beams, "batch_users": min(arguments.batch_users, arguments.users)}
-    # As many steps as the trie has levels, so that the seconds are those of as many steps.
-    free = BeamSearch(model, params, eos_id=model.vocab_size, max_new_tokens=tree.depth - len(tree.root_path), **shared)
-    decoders = {"free": free}
+    # The free beam writes texts as long as the longest item: what the constrained one scores without a step a token.
+    longest = int(tree.leaf_lengths.max())
+    decoders = {"free": BeamSearch(model, params, eos_id=model.vocab_size, max_new_tokens=longest, **shared)}
     for renormalise in (False, True):
         name = "constrained, renormalised" if renormalise else "constrained"
         decoders[name] = ConstrainedBeam(
             model, params, catalogue=catalogue, trie=tree, renormalise=renormalise, **shared
         )  # fmt: skip
-    steps = {name: tree.depth - len(tree.root_path) for name in decoders}
     sides = {name: (lambda decoder=decoder: decoder(batch)) for name, decoder in decoders.items()}
     for run_side in sides.values():
         run_side()
-    print(f"beam {arguments.beams}, {arguments.users} users, prompt {arguments.prompt}, {len(tree.leaf_items):,} items")
+    for decoder in decoders.values():
+        decoder.compiled = counting(decoder.compiled)
+    print(
+        f"beam {arguments.beams}, {arguments.users} users, prompt {arguments.prompt}, {len(tree.leaf_items):,} items, "
+        f"longest {longest} tokens"
+    )
     figures = interleaved(sides, arguments.rounds)
+    a_step = {name: decoder.compiled.seconds_of_steps / decoder.compiled.steps for name, decoder in decoders.items()}
     for name, (clock, processor) in figures.items():
-        print(f"  {name:<28}{clock:8.2f} s, {processor:8.2f} s processor, at most {steps[name]} steps", end="")
-        print(f", {processor / figures['free'][1]:.2f} of the free beam's")
+        steps = decoders[name].compiled.steps / arguments.rounds
+        print(
+            f"  {name:<28}{clock:8.2f} s, {processor:8.2f} s processor ({clock / figures['free'][0]:.2f} and "
+            f"{processor / figures['free'][1]:.2f} of the free beam's); {steps:.0f} steps after the first, "
+            f"{a_step[name] * 1e3:.1f} ms each ({a_step[name] / a_step['free']:.2f})"
+        )
+
+
+def counting(compiled):
+    """The same programs, which count the steps of the beams that they run and the seconds of them."""
+    import jax
+
+    class Counting:
+        steps = 0
+        seconds_of_steps = 0.0
+        seconds = compiled.seconds
+
+        def __call__(self, function, *arguments, **options):
+            state = next((x for x in arguments if hasattr(x, "step")), None)
+            begin = time.perf_counter()
+            made = compiled(function, *arguments, **options)
+            if state is not None:
+                jax.block_until_ready(made)
+                self.seconds_of_steps += time.perf_counter() - begin
+                self.steps += int(made.step) - int(state.step)
+            return made
+
+    return Counting()
 
 
 def growth(arguments):

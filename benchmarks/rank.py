@@ -2,11 +2,11 @@
 
     python benchmarks/rank.py --items 4385 100000 1000000 --strings 10000
 
-`pruned` is `BM25Index.best` with k = 10, `all postings` the scores of all items and a selection of the best ten, `bm25s`
-its own retrieval with the numba backend, `rank_bm25` (extra `bench`) up to 100,000 items, where a string takes it over
-half a second. All have the same tokens, and tokenising is a row of its own. Every pruned result is compared with all
-postings: items, scores, order of ties. `first 1,000` is quasi-round-robin for users of 32 strings each, to the depth
-that rankings of large catalogues have. Times are of the process on one thread. Catalogue and strings are made by
+`pruned` is `BM25Index.best` with k = 10, `all postings` the scores of all items and a selection of the best ten,
+`bm25s` its own retrieval with the numba backend, `rank_bm25` (extra `bench`) up to 100,000 items, where a string takes
+it over half a second. All have the same tokens, and tokenising is a row of its own. Every pruned result is compared
+with all postings: items, scores, order of ties. `first 1,000` is quasi-round-robin for users of 32 strings each, to the
+depth that rankings of large catalogues have. Times are of the process on one thread. Catalogue and strings are made by
 benchmarks/catalogue.py; a million items take some 3 GB and a minute to index.
 """
 

@@ -106,8 +106,8 @@ def test_the_whole_line(rooms, line, capsys):
     assert inputs[3] == (([toys, games], tokenizer), {"init_from": None})
     assert inputs[4] == (([toys], tokenizer), {"init_from": root.stage("stage1")})
     assert inputs[5] == ((toys, tokenizer, root.stage("stage2")), {"split": "test"})
-    assert inputs[8] == ((toys, root.completions("test", "beam")), {"split": "test"})
-    assert inputs[9] == ((toys, None), {"split": "test"})
+    assert inputs[8] == ((toys, root.completions("test", "beam")), {"split": "test", "index_dir": root.index})
+    assert inputs[9] == ((toys, None), {"split": "test", "index_dir": root.index})
     rankings = {name: root.ranking("test", name) for name in ("calrec", "beam", "blend")}
     assert inputs[10] == ((toys, rankings), {"split": "test", "oracle": None})
     out = capsys.readouterr().out
@@ -204,6 +204,44 @@ def test_other_splits_stages_and_files(rooms, line, tmp_path):
     assert rooms.calls[-1][3]["oracle"] == oracle
 
 
+def test_a_part_of_the_validation_split_comes_first_and_a_ranking_is_scored(rooms, line):
+    rankings = {"blend": None, "calrec": "sample", "rerank": "score"}
+    changed = dataclasses.replace(
+        line,
+        decodes=("score", "sample"),
+        rankings=rankings,
+        candidates={"score": "blend"},
+        validate=True,
+        validation_users=5,
+    )
+    changed.run()
+    root = RunLayout(pathlib.Path(line.run_dir))
+    steps = [(f"{verb} {out.name}", settings) for verb, out, _, settings, _ in rooms.calls]
+    names = [name for name, _ in steps]
+    part = [
+        "decode validation-sample",
+        "rank validation-blend",
+        "rank validation-calrec",
+        "decode validation-score",
+        "rank validation-rerank",
+        "evaluate report-validation",
+    ]
+    at = names.index(part[0])
+    assert names[at : at + 6] == part
+    assert names[-6:] == [name.replace("report-validation", "report").replace("validation", "test") for name in part]
+    settings = dict(steps)
+    blend = str(root.ranking("validation", "blend"))
+    assert settings["decode validation-score"] == {"split": "validation", "max_users": 5, "candidates": blend}
+    assert settings["rank validation-rerank"]["missing"] == "skip"
+    assert settings["evaluate report-validation"]["users"] == "ranked"
+    assert settings["decode test-sample"] == {"split": "test"}
+    assert settings["decode test-score"] == {"split": "test", "candidates": str(root.ranking("test", "blend"))}
+    assert "missing" not in settings["rank test-rerank"] and "users" not in settings["evaluate report"]
+    loaded = config.Config([config.Binding("score", "decode", "candidates", False, "run.gin:3")])
+    with pytest.raises(CalrecError, match=r"run.candidates says what is scored"):
+        changed.check(loaded)
+
+
 def test_baselines_are_trained_once_ranked_each_and_reported(rooms, line):
     trained = dataclasses.replace(line, rankings={}, baselines=("sasrec", "sasrec_new", "other_removed"))
     trained.run_baselines()
@@ -279,6 +317,8 @@ def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
         ({"categories": ("../Toys",)}, r"'../Toys' cannot be the name of a category"),
         ({"baselines": ("calrec",)}, r"run.baselines: calrec would be ranked twice"),
         ({"baselines": ("sasrec", "sasrec")}, r"run.baselines: sasrec would be ranked twice"),
+        ({"candidates": {"beam": "x"}}, r"run.candidates: beam is to score the ranking 'x'"),
+        ({"candidates": {"beam": "blend"}}, r"run.rankings: blend must stand before \['beam'\]"),
         ({"target": ""}, r"'' cannot be the name of a category"),
     ],
 )
@@ -338,6 +378,7 @@ def test_the_layout_is_the_documented_one(tmp_path):
         layout.ranking("test", "calrec"),
         layout.report("test"),
         layout.report("validation"),
+        layout.index,
         layout.baseline("sasrec"),
         layout.baseline_report("test", "sasrec"),
         layout.timing,
@@ -351,6 +392,7 @@ def test_the_layout_is_the_documented_one(tmp_path):
         "rankings/test-calrec",
         "report",
         "report-validation",
+        "index",
         "baselines/sasrec",
         "baselines/reports/test-sasrec",
         "timing.json",
