@@ -116,6 +116,8 @@ def _run(arguments: argparse.Namespace) -> None:
         bindings = [*bindings, f"RUN_DIR={os.path.expanduser(arguments.run_dir)!r}"]
     if getattr(arguments, "engine", None):
         bindings = [*bindings, f"prepare.engine={arguments.engine!r}"]
+    if getattr(arguments, "profile_steps", None):
+        bindings = [*bindings, f"train.profile_steps=({arguments.profile_steps[0]}, {arguments.profile_steps[1]})"]
     if getattr(arguments, "split", None):
         bindings = [*bindings, f"run.split={arguments.split!r}"]
     modules: Sequence[str] = config.MODULES
@@ -303,6 +305,13 @@ class _Verb:
         self.source: tuple[str, str] | None = options.pop("source", None)  # name and help of an argument without a flag
 
 
+def _two_steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, two whole numbers of steps")
+    return int(first), int(last)
+
+
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"
 _SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _VERBS = {
@@ -319,6 +328,11 @@ _VERBS = {
         "datasets → checkpoints, stage by stage",
         f"train {_RUN} --stage=stage2",
         stage={"help": "only this one: stage1 or stage2"},
+        profile_steps={
+            "type": _two_steps,
+            "metavar": "FIRST:LAST",
+            "help": "trace these steps into the stage's folder profile/ (TensorBoard, Perfetto), e.g. 20:25",
+        },
         multihost={"action": "store_true", "help": "one of several hosts that find each other (TPU VMs, Slurm)"},
         coordinator_address={"metavar": "HOST:PORT", "help": "of process 0, where hosts do not find each other"},
         process_count={"type": int, "metavar": "N", "help": "processes of the run"},

@@ -3,8 +3,8 @@
 Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of
 their row and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass
 makes the gradient (a custom VJP), so logits are computed once and only where a token is weighted. All functions are
-pure and work on a whole, possibly sharded, batch: in-batch negatives are global. Over a mesh each device runs the chunks
-of its own rows, and the gradients of the embedding are summed once, behind the last chunk.
+pure and work on a whole, possibly sharded, batch: in-batch negatives are global. Over a mesh each device runs the
+chunks of its own rows, and the gradients of the embedding are summed once, behind the last chunk.
 """
 
 from __future__ import annotations

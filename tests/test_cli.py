@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -27,14 +26,9 @@ def run(*arguments, **environment):
     )
 
 
-def test_help_answers_in_under_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = run("--help")
-        seconds.append(time.monotonic() - start)
-        assert done.returncode == 0
-    assert min(seconds) < 1, seconds
+def test_help_names_every_verb():
+    done = run("--help")
+    assert done.returncode == 0
     for verb in VERBS:
         assert f"\n    {verb}" in done.stdout
 
@@ -102,6 +96,13 @@ def test_bindings_are_taken_out_of_the_arguments():
     arguments = cli._parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
     assert arguments.bindings == ["A=1", "stage1/train.steps=2"]
     assert arguments.gin_file == ["x.gin", "y.gin"]
+
+
+def test_a_window_of_steps_is_two_numbers(capsys):
+    assert cli._parse(["train", "--profile_steps=20:25"]).profile_steps == (20, 25)
+    with pytest.raises(SystemExit):
+        cli._parse(["train", "--profile_steps=20"])
+    assert "'20' is not FIRST:LAST" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

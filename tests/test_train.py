@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 
 import gin
 import jax
@@ -20,7 +18,7 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig, calrec_loss
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import checkpoints as ckpt
-from calrec_jax.train import feed, validation
+from calrec_jax.train import feed, memory, validation
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
 from calrec_jax.train.feed import training_batch
@@ -107,8 +105,14 @@ def test_training_lowers_the_loss(small_run, tmp_path):
 def test_a_second_run_is_skipped_and_the_same_seed_gives_the_same_bits(finished, small_run, tmp_path, capsys):
     train(finished, small_run.datasets, small_run.tokenizer)
     assert "is done already, skipped" in capsys.readouterr().out
+    gin.bind_parameter("train.profile_steps", (1, 3))
     again = train(tmp_path / "stage1", small_run.datasets, small_run.tokenizer)
     assert_same(parameters(again), parameters(finished))
+    said = capsys.readouterr().out
+    assert re.search(r"train: memory: [\d.]+ GiB a device \(parameters 0.00, optimiser 0.00, step [\d.]+\)\n", said)
+    assert f"train: steps 1 to 3 are traced in {again / 'profile'}" in said
+    assert list((again / "profile").rglob("*.xplane.pb"))
+    gin.bind_parameter("train.profile_steps", None)
     gin.bind_parameter("train.seed", 1)
     other = train(tmp_path / "other", small_run.datasets, small_run.tokenizer)
     assert (np.asarray(parameters(other)["embedding"]) != np.asarray(parameters(finished)["embedding"])).any()
@@ -178,18 +182,18 @@ def test_stage_two_starts_from_stage_ones_best_parameters_with_a_fresh_optimiser
     finished, small_run, tmp_path, monkeypatch
 ):
     seen = {}
-    real = steps.make_train_step
+    real = memory.compiled_within_memory
 
-    def spying(*arguments):
-        function = real(*arguments)
+    class Spying:
+        def __init__(self, *arguments):
+            self.compiled = real(*arguments)
+            self.memory_analysis = self.compiled.memory_analysis
 
-        def run(state, batch):
+        def __call__(self, state, batch):
             seen.setdefault("state", jax.device_get(state))
-            return function(state, batch)
+            return self.compiled(state, batch)
 
-        return run
-
-    monkeypatch.setattr(steps, "make_train_step", spying)
+    monkeypatch.setattr(memory, "compiled_within_memory", Spying)
     out = train(tmp_path / "stage2", small_run.datasets[:1], small_run.tokenizer, init_from=finished)
     assert_same(seen["state"].params, jax.device_get(parameters(finished, "best")))
     assert int(seen["state"].step) == 0
@@ -310,6 +314,8 @@ def test_sampled_forced_tokens_have_the_same_expected_weight(small_run):
         ("train.num_steps", "many", "train.num_steps='many': must be a whole number"),
         ("train.patience", -1, "train.patience=-1: must be a whole number of at least 0"),
         ("train.log_every", 0, "train.log_every=0: must be"),
+        ("train.profile_steps", (3,), r"train.profile_steps=\(3,\): must be two steps"),
+        ("train.profile_steps", (3, 3), r"train.profile_steps=\(3, 3\): must be two steps"),
         ("OptimizerConfig.clip_norm", -1.0, "OptimizerConfig.clip_norm=-1.0: must be at least 0"),
         ("TransformerConfig.dropout_rate", 2.0, "TransformerConfig.dropout_rate=2.0"),
         ("TransformerConfig.embed_dim", 0, "TransformerConfig.embed_dim=0: must be at least 1"),

@@ -14,7 +14,6 @@ from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
@@ -26,6 +25,7 @@ from calrec_jax.models import attention_kernels
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.feed import batch_shapes
 from calrec_jax.train.flops import CHIPS, step_flops
 from calrec_jax.train.hlo import Program
 from calrec_jax.train.lora import LoraConfig
@@ -142,8 +142,10 @@ def compile_step(
     model, optimizer = Transformer(config, vocab_size), optimizer_config.transformation(num_steps)
     state, shardings = steps.abstract_state(model, optimizer, mesh)
     step = steps.make_train_step(model, loss, optimizer, 0, mesh, shardings, batching.micro_batches)
-    compiled = compiled_within_memory(step, state, batch_shapes(batching))
-    cost = Program(compiled.as_text(), attention_kernels.kernel_flops).cost()
+    compiled = compiled_within_memory(step, state, batch_shapes(batching.packing()))
+    text = compiled.as_text()
+    assert text is not None
+    cost = Program(text, attention_kernels.kernel_flops).cost()
     device = mesh.devices.flat[0]
     splash = attention_kernels.takes_splash(config.attention, steps.batch_sharding(mesh), batching.row_tokens)
     turns = max(1, batching.micro_batches)
@@ -159,17 +161,6 @@ def compile_step(
         collective_bytes=dict(cost.collective_bytes),
         vocabulary_collective_bytes=sum(sum(turn.collective_bytes.values()) for turn in cost.dynamic_loops) / turns,
     )
-
-
-def batch_shapes(batching: Batching) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch contract's shapes."""
-    from calrec_jax.data.packing import EXAMPLE_KEYS, POOL_KEYS, TOKEN_KEYS
-
-    tokens, examples = (batching.batch_rows, batching.row_tokens), (batching.batch_rows, batching.row_examples)
-    kinds = {name: (tokens, jnp.int32) for name in (*TOKEN_KEYS, *POOL_KEYS)}
-    kinds |= {name: (examples, jnp.int32) for name in EXAMPLE_KEYS}
-    kinds |= {"decoder_loss_weights": (tokens, jnp.float32), "example_mask": (examples, jnp.float32)}
-    return {name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in kinds.items()}
 
 
 def _print(stage: str, topology: str, mesh: Mesh, report: StepReport, num_steps: int | None) -> None:

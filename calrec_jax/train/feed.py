@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from calrec_jax.data.packing import Batch, PackedStream
+from calrec_jax.data.packing import EXAMPLE_KEYS, POOL_KEYS, TOKEN_KEYS, Batch, PackedStream, Packing
 from calrec_jax.train.step import batch_sharding
 
 _AHEAD = 2  # batches filled while a step runs
@@ -54,6 +54,15 @@ def training_batch(
     return batch
 
 
+def batch_shapes(packing: Packing) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch contract's shapes."""
+    tokens, examples = (packing.batch_rows, packing.row_tokens), (packing.batch_rows, packing.row_examples)
+    kinds: dict[str, Any] = {name: (tokens, np.int32) for name in (*TOKEN_KEYS, *POOL_KEYS)}
+    kinds |= {name: (examples, np.int32) for name in EXAMPLE_KEYS}
+    kinds |= {"decoder_loss_weights": (tokens, np.float32), "example_mask": (examples, np.float32)}
+    return {name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in kinds.items()}
+
+
 class Feed:
     """The batches of a run from a step on, in order, as arrays over the whole mesh.
 
@@ -82,6 +91,11 @@ class Feed:
             finally:
                 for future in coming:
                     future.cancel()
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of a batch, and where it lies."""
+        shapes = batch_shapes(self._stream.packing)
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding) for k, x in shapes.items()}
 
     def host_rows(self) -> Batch:
         """This process's rows of the batch that was given last."""

@@ -27,13 +27,14 @@ from calrec_jax.losses import LossConfig
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train import checkpoints as ckpt
-from calrec_jax.train import lora
+from calrec_jax.train import lora, memory
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
 from calrec_jax.train.feed import Feed, place
 from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.optimizer import OptimizerConfig
 from calrec_jax.train.preemption import Preemption
+from calrec_jax.train.profiling import Window
 from calrec_jax.train.progress import TrainingLog
 from calrec_jax.train.validation import Validation, sample
 
@@ -92,6 +93,7 @@ def train(
     log_every: int = 20,
     seed: int = 0,
     mesh_shape: Sequence[int] | None = None,
+    profile_steps: Sequence[int] | None = None,
 ) -> Path:
     """Trains one stage into `out` (see docs/architecture.md, "The run folder").
 
@@ -110,6 +112,7 @@ def train(
       log_every: steps between progress lines and log rows.
       seed: of initialisation, data order and dropout.
       mesh_shape: (replica, data, fsdp, model); None puts all devices on data.
+      profile_steps: (first, last): these steps are traced into the folder `profile` of the stage; see `profiling`.
 
     Returns:
       `out`.
@@ -131,6 +134,7 @@ def train(
     )
     if plan.lora.rank and init_from is None:
         raise CalrecError(f"LoraConfig.rank={plan.lora.rank}: there is no base to adapt; set run.init_from, or rank to 0")
+    profile = Window(out, profile_steps)
     made_from = _inputs(datasets, tokenizer, init_from)
     if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings=plan.settings()):
         print(f"train: {out} is done already, skipped")
@@ -148,8 +152,8 @@ def train(
         )
     base = _base_facts(out, init_from, plan.lora)
     hosts.first_then_all("claim", lambda: _claim(out, plan, made_from, train_examples, tokenizer, datasets, base))
-    with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log, hosts.deaths():
-        facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log)
+    with TrainingLog(out, num_steps, log_every, writes=hosts.is_first()) as log, hosts.deaths(), profile:
+        facts = _fit(out, plan, mesh, stream, valid_examples, tokenizer, init_from, log, profile)
     if hosts.is_first():
         artifacts.write_manifest(out, kind="checkpoint", made_from=made_from, settings=plan.settings(), **facts)
     hosts.barrier("manifest")
@@ -165,6 +169,7 @@ def _fit(
     tokenizer: Tokenizer,
     init_from: Path | None,
     log: TrainingLog,
+    profile: Window,
 ) -> dict[str, Any]:
     """Trains from where the stage stands to its end; returns the manifest's facts."""
     plain, optimizer = Transformer(plan.model, tokenizer.vocab_size), plan.optimizer.transformation(plan.num_steps)
@@ -183,15 +188,18 @@ def _fit(
             state = dataclasses.replace(state, params=_parameters_from(init_from, plan.model, tokenizer, state.params))
         step, since_best = int(state.step), int(state.since_best)
         log.resume(step)
-        train_step = steps.make_train_step(
+        jitted = steps.make_train_step(
             model, plan.loss, optimizer, plan.seed, mesh, shardings, plan.batching.micro_batches,
             None if frozen is None else jax.tree.map(lambda x: x.sharding, frozen),
         )  # fmt: skip
         rest = () if frozen is None else (frozen,)
+        train_step = memory.compiled_within_memory(jitted, state, feed.shapes(), *rest)
         validate = Validation(model, plan.loss, mesh, valid_examples, plan.batching)
-        log.start(step, state.params, stream.examples, stream, plan.batching)
+        log.start(step, state.params, frozen, stream.examples, stream, plan.batching)
+        log.memory(memory.memory_plan(train_step, state, shardings, mesh.devices.flat[0]))
         with contextlib.closing(feed.batches(step, plan.num_steps)) as batches:
             while step < plan.num_steps and not plan.stops(since_best):
+                profile.before(step, state.step)
                 state, metrics = train_step(state, next(batches), *rest)
                 step += 1
                 log.step(step, metrics)

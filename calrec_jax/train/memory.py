@@ -52,14 +52,14 @@ class MemoryPlan:
         return f"{self.total / 2**30:.2f}{limit} GiB a device ({named})"
 
 
-def compiled_within_memory(step: Any, state: Any, batch: Any) -> jax.stages.Compiled:
+def compiled_within_memory(step: Any, *arguments: Any) -> jax.stages.Compiled:
     """Compiles a jitted training step for these arguments, or their shapes.
 
     Raises:
       CalrecError: the compiler finds no way to fit it into the device's memory.
     """
     try:
-        return step.lower(state, batch).compile()
+        return step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

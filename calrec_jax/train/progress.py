@@ -16,6 +16,8 @@ import tensorboardX
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
+from calrec_jax.train.flops import CHIPS, weight_flops
+from calrec_jax.train.memory import MemoryPlan
 from calrec_jax.train.step import averages
 
 
@@ -42,6 +44,7 @@ class TrainingLog:
         self._seconds_before = 0.0
         self._tokens = 0
         self._rate: float | None = None
+        self._parameters = self._embedding = 0
         self._steps = 0
         self._file: TextIO | None = None
         self._board: tensorboardX.SummaryWriter | None = None
@@ -78,14 +81,18 @@ class TrainingLog:
         yield
         self._window_began += time.monotonic() - begin
 
-    def start(self, step: int, params: Any, examples: Any, stream: Any, batching: Any) -> None:
-        """Says what is about to run."""
+    def start(self, step: int, params: Any, frozen: Any, examples: Any, stream: Any, batching: Any) -> None:
+        """Says what is about to run; `frozen` are the parameters that adapters stand beside, or None."""
         self._began = self._window_began = time.monotonic()
+        count = sum(x.size for x in jax.tree.leaves(params))
+        if frozen is None:  # with adapters a step's products are others, and no utilisation is reported
+            self._parameters, self._embedding = count, params["embedding"].size
         if not self._writes:
             return
-        count = sum(x.size for x in jax.tree.leaves(params))
+        base = sum(x.size for x in jax.tree.leaves(frozen))
+        of_base = f" beside {base / 1e6:.2f} M that stay" if base else ""
         print(
-            f"train: {self._out.name}: {count / 1e6:.2f} M parameters on {jax.device_count()} "
+            f"train: {self._out.name}: {count / 1e6:.2f} M parameters{of_base} on {jax.device_count()} "
             f"{jax.devices()[0].platform} device(s), {len(examples):,} examples of {examples.lengths.mean():.0f} "
             f"tokens, steps {step} to {self._num_steps} of {batching.batch_rows} rows of {batching.row_tokens} tokens"
         )
@@ -98,6 +105,11 @@ class TrainingLog:
                 f"train: {examples.catalogue.cut:,} item texts are cut to "
                 f"max_target_tokens={batching.max_target_tokens}"
             )
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """Says what the compiled step will keep in memory."""
+        if self._writes:
+            print(f"train: memory: {plan}", flush=True)
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Adds a step's metrics (still on the device) and reports when due."""
@@ -115,11 +127,20 @@ class TrainingLog:
             "seconds": self._seconds_before + now - self._began,
             "tokens": self._tokens,
         }
+        row |= self._utilisation(real, sums["loss_next_item_weight"], seconds)
         self.skipped = self.skipped + int(sums["skipped"]) if sums["skipped"] >= sums["skipped_weight"] else 0
         if self._writes:
             self._write(step, "train", row)
             self._print(step, row, seconds / self._steps)
         self._sums, self._steps, self._window_began = None, 0, time.monotonic()
+
+    def _utilisation(self, real: int, weighted: float, seconds: float) -> dict[str, float]:
+        """Products with weights by what the chips could do, where they are known; real tokens alone count."""
+        chip = CHIPS.get(jax.devices()[0].device_kind)
+        if chip is None or not self._parameters:
+            return {}
+        done = weight_flops(self._parameters, self._embedding, real, weighted)
+        return {"flops_utilisation": done / max(seconds, 1e-9) / (jax.device_count() * chip.peak_tflops * 1e12)}
 
     def validation(self, step: int, values: dict[str, float], best: bool) -> None:
         """Reports a validation."""
@@ -145,12 +166,14 @@ class TrainingLog:
     def _print(self, step: int, row: dict[str, float], per_step: float) -> None:
         self._rate = per_step if self._rate is None else 0.7 * self._rate + 0.3 * per_step
         left = self._rate * (self._num_steps - step)
+        share = row.get("flops_utilisation")
+        utilisation = "" if share is None else f"{100 * share:.1f} % of the chips' peak "
         print(
             f"train: step {step}/{self._num_steps} loss {row.get('loss', math.nan):.3f} "
             f"next-item {row.get('loss_next_item', math.nan):.3f} tt {row.get('loss_target_target', math.nan):.3f} "
             f"ut {row.get('loss_user_target', math.nan):.3f} "
             f"{row['tokens_per_second']:,.0f} tokens/s ({100 * row['real_token_share']:.0f} % real) "
-            f"{int(left // 60)}:{int(left % 60):02d} left",
+            f"{utilisation}{int(left // 60)}:{int(left % 60):02d} left",
             flush=True,
             file=sys.stdout,
         )
