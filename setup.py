@@ -13,6 +13,7 @@ INSTALL_REQUIRES = [
     "fsspec",
     "gin-config",
     "ibis-framework[duckdb]>=12",
+    "isal>=1.6",
     "jax>=0.10",
     "numba>=0.60",
     "numpy>=2",

@@ -78,8 +78,8 @@ def test_the_whole_line(rooms, line, capsys):
     line.run()
     root = RunLayout(pathlib.Path(line.run_dir))
     assert [(verb, str(out.relative_to(root.root)), scope) for verb, out, _, _, scope in rooms.calls] == [
-        ("prepare", "datasets/Toys", ""),
-        ("prepare", "datasets/Games", ""),
+        ("prepare", "datasets/Toys", "Toys"),
+        ("prepare", "datasets/Games", "Games"),
         ("vocab", "tokenizer", ""),
         ("train", "stage1", "stage1"),
         ("train", "stage2", "stage2"),
@@ -247,7 +247,7 @@ def test_baselines_are_trained_once_ranked_each_and_reported(rooms, line):
     trained.run_baselines()
     root = RunLayout(pathlib.Path(line.run_dir))
     assert [(verb, str(out.relative_to(root.root)), scope) for verb, out, _, _, scope in rooms.calls] == [
-        ("prepare", "datasets/Toys", ""),
+        ("prepare", "datasets/Toys", "Toys"),
         ("baseline", "baselines/sasrec", "sasrec"),
         ("rank", "rankings/test-sasrec", "sasrec"),
         ("baseline", "baselines/sasrec", "sasrec"),

@@ -375,30 +375,30 @@ def test_too_little_memory_is_named(tmp_path, raw):
     assert not (tmp_path / "d").exists()
 
 
-MEASURED = """
-import resource, sys
+WATCHED = """
+import pathlib, sys, threading, time
 from calrec_jax.data.prepare import prepare
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-limit = f"{(before * 1024 >> 20) + 150}MiB"
-settings = {"memory_limit": limit, "threads": 1} if sys.argv[4] == "limited" else {}
-dataset = prepare(sys.argv[1], name="x", reviews=sys.argv[2], metadata=sys.argv[3], cache_gib=0, **settings)
-print(dataset.hash)
+out, reviews, metadata, limit = sys.argv[1:]
+spilled = [0]
+def watch():
+    while True:
+        spilled.append(sum(1 for _ in pathlib.Path(out).parent.glob(".tmp-*/spill/*")))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
+dataset = prepare(out, name="x", reviews=reviews, metadata=metadata, memory_limit=limit, threads=1)
+print(dataset.hash, max(spilled) > 0)
 """
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_the_memory_spills_and_changes_nothing(tmp_path):
-    reviews, metadata = write_synth(tmp_path, Synth(users=100_000, items=5_000, reviews_per_user=8, seed=2))
-    hashes = {
-        way: subprocess.run(
-            [sys.executable, "-c", MEASURED, tmp_path / way, reviews, metadata, way],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for way in ("limited", "free")
-    }
-    assert hashes["limited"] == hashes["free"] != ""
+    reviews, metadata = write_synth(tmp_path, Synth(users=60_000, items=5_000, reviews_per_user=8, seed=2))
+    made = {}
+    for limit in ("240MB", "3GB"):
+        command = [sys.executable, "-c", WATCHED, tmp_path / limit, reviews, metadata, limit]
+        made[limit] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert made["240MB"][0] == made["3GB"][0]
+    assert (made["240MB"][1], made["3GB"][1]) == ("True", "False")
 
 
 SHARED = Path(os.environ.get("CALREC_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

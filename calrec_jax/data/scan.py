@@ -59,7 +59,7 @@ def batches(
         try:
             for chunk in lines.chunks(reading.source, reading.max_bytes):
                 ahead.append(pool.submit(_scanned, chunk, joined, ends, schema))
-                if len(ahead) > 2 * threads:
+                if len(ahead) > 8 * threads:
                     yield _completed(ahead.popleft().result(), reading, schema, milliseconds)
             while ahead:
                 yield _completed(ahead.popleft().result(), reading, schema, milliseconds)
