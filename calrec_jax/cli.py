@@ -293,10 +293,15 @@ class _Verb:
     """A verb; one without `call` is no step of a line, and takes its own options alone."""
 
     def __init__(
-        self, call: Callable[[Line, argparse.Namespace], None] | None, purpose: str, example: str, **options: dict
+        self,
+        call: Callable[[Line, argparse.Namespace], None] | None,
+        purpose: str,
+        example: str,
+        source: tuple[str, str] | None = None,
+        **options: dict,
     ):
         self.call, self.purpose, self.example, self.options = call, purpose, f"calrec {example}", options
-        self.source: tuple[str, str] | None = options.pop("source", None)  # name and help of an argument without a flag
+        self.source = source  # name and help of an argument without a flag
 
 
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"

@@ -65,8 +65,8 @@ class Line:
         A name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of
         the history left out; the model is trained once.
       split: "validation" or "test"; what is decoded, ranked and evaluated.
-      init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run. Its
-        tokenizer is the run's, too; none is trained.
+      init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run.
+        Its tokenizer is the run's, too; none is trained.
     """
 
     run_dir: str

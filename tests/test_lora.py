@@ -1,8 +1,10 @@
 """Adapters: what is trained, saved, merged and exported; and that nothing else moves."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 
 import flax.linen as nn
 import gin
@@ -20,8 +22,8 @@ from calrec_jax.pretrained.import_hf import import_hf
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train import checkpoints as ckpt
 from calrec_jax.train import lora
-from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.loop import train
+from calrec_jax.train.lora import LoraConfig
 
 pytest.importorskip("qwix")
 SIZES = {"embed_dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24}
@@ -132,7 +134,7 @@ def test_a_reader_gets_base_and_adapters_merged_stage_upon_stage(trained):
     assert jax.tree.structure(before) == jax.tree.structure(first) == jax.tree.structure(second)
     for name in ("query", "down"):
         kernels = [p["layers"][name]["kernel"] for p in (before, first, second)]
-        assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(kernels, kernels[1:], strict=False))
+        assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.pairwise(kernels))
     for path in (("embedding",), ("final_norm", "scale")):
         for params in (first, second):
             x, y = before, params
@@ -148,10 +150,10 @@ def test_training_adapters_lowers_the_loss(trained):
 
 
 def test_the_merged_model_is_exported(trained):
-    base, _, two, tokenizer = trained
+    base, _, two, _ = trained
     out = export_hf(two, two.parent / "exported", tokenizer=base / "tokenizer")
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
-    config, params, facts = ckpt.load_checkpoint(two)
+    params = ckpt.load_checkpoint(two)[1]
     name = "model.layers.1.self_attn.q_proj.weight"
     kernel = np.asarray(params["layers"]["query"]["kernel"])[1]
     np.testing.assert_array_equal(tensors[name], kernel.reshape(kernel.shape[0], -1).T)
@@ -161,11 +163,11 @@ def test_the_merged_model_is_exported(trained):
 
 
 def test_a_base_that_is_gone_or_another_is_named(trained, tmp_path):
-    import shutil
-
-    base, one, _, _ = trained
+    one = trained[1]
     shutil.copytree(one, tmp_path / "run" / "stage1")
-    with pytest.raises(CalrecError, match=rf"has adapters alone, and their base is not at {tmp_path}/base; put it back"):
+    with pytest.raises(
+        CalrecError, match=rf"has adapters alone, and their base is not at {tmp_path}/base; put it back"
+    ):
         ckpt.load_checkpoint(tmp_path / "run" / "stage1")
     hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS["qwen2"], seed=1, family="qwen2")
     import_hf(tmp_path / "hf", tmp_path / "base")

@@ -127,7 +127,7 @@ def _shards(plan: Sequence[_Tensor], limit: float) -> list[list[_Tensor]]:
 
 
 def _write_shards(folder: Path, shards: Sequence[Sequence[_Tensor]], params: Any) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = reader.SINGLE_FILE
         if len(shards) > 1:

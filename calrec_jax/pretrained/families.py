@@ -217,9 +217,9 @@ def _layers(fields: _Fields, family: Family, count: int) -> dict[str, Any]:
         types = ["full_attention"] * count
     unknown = [t for t in types if t not in _KINDS]
     if len(types) != count or unknown:
+        strange = f", one of them {unknown[0]!r}" if unknown else ""
         raise CalrecError(
-            f"{fields.where}: layer_types has {len(types)} entries{f', one of them {unknown[0]!r}' if unknown else ''}: "
-            f"must be {count}, each one of {list(_KINDS)}"
+            f"{fields.where}: layer_types has {len(types)} entries{strange}: must be {count}, each one of {[*_KINDS]}"
         )
     pattern = shortest_period([_KINDS[t] for t in types])
     return {

@@ -90,7 +90,9 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
     with gin.config_scope(stage):
         bound = gin.get_bindings("train")
         if LoraConfig().rank:
-            raise CalrecError("compile: LoraConfig.rank is set, and a step with adapters is not counted yet; set it to 0")
+            raise CalrecError(
+                "compile: LoraConfig.rank is set, and a step with adapters is not counted yet; set it to 0"
+            )
         default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
         vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))

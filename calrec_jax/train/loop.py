@@ -130,7 +130,9 @@ def train(
         seed=seed,
     )
     if plan.lora.rank and init_from is None:
-        raise CalrecError(f"LoraConfig.rank={plan.lora.rank}: there is no base to adapt; set run.init_from, or rank to 0")
+        raise CalrecError(
+            f"LoraConfig.rank={plan.lora.rank}: there is no base to adapt; set run.init_from, or rank to 0"
+        )
     made_from = _inputs(datasets, tokenizer, init_from)
     if artifacts.is_done(out, kind="checkpoint", made_from=made_from, settings=plan.settings()):
         print(f"train: {out} is done already, skipped")
