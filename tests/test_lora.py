@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import pyarrow.parquet as pq
 import safetensors.numpy
 
+from calrec_jax.decode.run import decode
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import Transformer, TransformerConfig
+from calrec_jax.pipeline import Line
 from calrec_jax.pretrained.export_hf import export_hf
 from calrec_jax.pretrained.import_hf import import_hf
 from calrec_jax.tokenizer import Tokenizer
@@ -147,6 +150,37 @@ def test_training_adapters_lowers_the_loss(trained):
     rows = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss_next_item"] for row in rows if row["split"] == "validation"]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_takes_the_models_tokenizer_and_refuses_another_model(trained, small_run, tmp_path):
+    base, one, _, tokenizer = trained
+    line = Line(run_dir=str(tmp_path), target="Tools", init_from=str(base))
+    line.vocab()
+    assert Tokenizer.load(line.layout.tokenizer).fingerprint == tokenizer.fingerprint
+    line.vocab()  # it is there
+    gin.parse_config(SETTINGS.replace("LoraConfig.rank = 2", ""))
+    try:
+        with pytest.raises(CalrecError, match=rf"has another model \(.*embed_dim.*\); include {base}/model.gin"):
+            train(tmp_path / "stage1", small_run.datasets, tokenizer, init_from=base)
+        with pytest.raises(CalrecError, match="was trained with another tokenizer"):
+            train(tmp_path / "stage2", small_run.datasets, small_run.tokenizer, init_from=base)
+        with pytest.raises(CalrecError, match=r"was imported and not trained yet; name it in run\.init_from"):
+            decode(tmp_path / "decoded", small_run.datasets[0], tokenizer, base, split="test", mode="sample")
+    finally:
+        gin.clear_config()
+
+
+def test_completions_of_an_imported_and_adapted_model(trained, small_run, tmp_path):
+    _, _, two, tokenizer = trained
+    dataset = small_run.datasets[0]
+    out = decode(
+        tmp_path / "decoded", dataset, tokenizer, two, split="test", mode="constrained_beam", num_beams=4, max_users=3
+    )
+    rows = pq.read_table(out / "part-00000.parquet").to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        assert {*row["item_ids"]} <= {*dataset.item_ids} and len(row["item_ids"]) >= 4
+        assert all(text.startswith("Title: ") for text in row["texts"])
 
 
 def test_the_merged_model_is_exported(trained):
