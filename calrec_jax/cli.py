@@ -259,7 +259,7 @@ def _compile(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.train.compile import compile_stage
 
     for stage in [arguments.stage] if arguments.stage is not None else line.stages:
-        compile_stage(stage, arguments.topology, arguments.num_slices)
+        compile_stage(stage, arguments.topology, arguments.num_slices, line.init_from)
 
 
 def _quickstart(line: Line, arguments: argparse.Namespace) -> None:

@@ -149,7 +149,8 @@ class Line:
     def vocab(self) -> None:
         """Trains the tokenizer on the catalogues of all categories, or takes that of `init_from`."""
         from calrec_jax.data.templates import Template
-        from calrec_jax.tokenizer import adopt_tokenizer, make_tokenizer
+        from calrec_jax.pretrained.tokenizer import adopt_tokenizer
+        from calrec_jax.tokenizer import make_tokenizer
 
         if self._init_from is not None:
             with self.step("vocab", self.layout.tokenizer):

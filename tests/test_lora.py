@@ -12,8 +12,8 @@ import hf_folders
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import pyarrow.parquet as pq
+import pytest
 import safetensors.numpy
 
 from calrec_jax.decode.run import decode
@@ -153,7 +153,7 @@ def test_training_adapters_lowers_the_loss(trained):
 
 
 def test_a_run_takes_the_models_tokenizer_and_refuses_another_model(trained, small_run, tmp_path):
-    base, one, _, tokenizer = trained
+    base, _, _, tokenizer = trained
     line = Line(run_dir=str(tmp_path), target="Tools", init_from=str(base))
     line.vocab()
     assert Tokenizer.load(line.layout.tokenizer).fingerprint == tokenizer.fingerprint

@@ -28,7 +28,7 @@ from calrec_jax.pretrained.tensors import HEAD, Leaf, leaves
 from calrec_jax.train import checkpoints as ckpt
 from calrec_jax.train import step as steps
 
-CONFIG_FILE, GIN_FILE, TOKENIZER_FOLDER = "config.json", "model.gin", "tokenizer"
+CONFIG_FILE, GIN_FILE = "config.json", "model.gin"
 
 
 def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | None = None) -> Path:
@@ -67,7 +67,7 @@ def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | N
             _write(
                 temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from
             )
-            tokenizer.write(temporary / TOKENIZER_FOLDER)
+            tokenizer.write(temporary / tokenizers.FOLDER)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"import_hf: {described.family.title}, {count:,} parameters → {out}")
     return out

@@ -28,6 +28,7 @@ FILES = (
     JSON_FILE, SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+FOLDER = "tokenizer"  # in a checkpoint that was imported, or beside the stages of a run
 _MOST_PADDING = 1024  # rows of an embedding beyond the tokenizer's last id: to a round number, no more
 _REPLACEMENT = "\ufffd"
 
@@ -277,3 +278,32 @@ def load(folder: Path, manifest: Mapping[str, Any]) -> ImportedTokenizer:
     artifacts.check_files(folder, manifest)
     settings = manifest["settings"]
     return _CLASSES[settings["file"]](folder, settings["ids"], settings["vocab_size"])
+
+
+def adopt_tokenizer(out: str | Path, checkpoint: str | Path) -> None:
+    """Copies the tokenizer of a checkpoint into a run folder, or sees that it is there already.
+
+    Args:
+      out: the run's tokenizer folder.
+      checkpoint: a folder that `calrec import_hf` wrote, which has its tokenizer inside, or a stage of a run, which has
+        it beside.
+
+    Raises:
+      CalrecError: there is no tokenizer, or `out` holds another one.
+    """
+    out, checkpoint = Path(out), Path(checkpoint)
+    candidates = (checkpoint / "tokenizer", checkpoint.parent / FOLDER)
+    source = next((folder for folder in candidates if (folder / artifacts.MANIFEST).exists()), None)
+    if source is None:
+        raise CalrecError(f"run.init_from={checkpoint}: there is no tokenizer in or beside it; import the model again")
+    tokenizer = Tokenizer.load(source)
+    if (out / artifacts.MANIFEST).exists():
+        there = Tokenizer.load(out)
+        if there.fingerprint != tokenizer.fingerprint:
+            raise CalrecError(
+                f"{out}: holds another tokenizer ({there.fingerprint[:8]}) than run.init_from={checkpoint} "
+                f"({tokenizer.fingerprint[:8]}); choose another --run_dir, or delete it and what was made with it"
+            )
+        return
+    with artifacts.atomic_folder(out) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import gin
@@ -26,6 +27,7 @@ from calrec_jax.models.attention import first_key
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.checkpoints import read_facts
 from calrec_jax.train.hlo import Program
 from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.optimizer import OptimizerConfig
@@ -81,8 +83,10 @@ class StepReport:
         return None if self.hbm_limit is None else self.hbm_bytes <= self.hbm_limit
 
 
-def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
+def compile_stage(stage: str, topology: str, num_slices: int = 1, init_from: str | None = None) -> StepReport:
     """Compiles a stage's training step as gin has bound it, and prints the report.
+
+    The vocabulary has as many rows as that of `init_from`, where there is one, else `vocab.vocab_size`.
 
     Raises:
       CalrecError: libtpu is missing, the topology is unknown, the mesh does not cover it, or the step does not fit.
@@ -95,6 +99,8 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
             )
         default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
         vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
+        if init_from is not None:
+            vocab_size = read_facts(Path(init_from).expanduser())[1]["vocab_size"]
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))
         report = compile_step(
             mesh,
