@@ -13,14 +13,22 @@ import subprocess
 import sys
 
 STEPS = """
-import pathlib, resource, sys, time
+import pathlib, re, sys, threading, time
 from calrec_jax.pretrained import export_hf, import_hf, reader
 from calrec_jax.pretrained.tensors import leaves
 folder, out, what = sys.argv[1:]
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+peak = 0.0
+def now():  # without the pages of mapped files, which the system takes back when it needs them
+    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 2**20
+def watch():
+    global peak
+    while True:
+        peak = max(peak, now())
+        time.sleep(0.002)
 import jax, jax.numpy as jnp
 jnp.zeros(1).block_until_ready()
-before, began = peak(), time.perf_counter()
+before, began = now(), time.perf_counter()
+threading.Thread(target=watch, daemon=True).start()
 if what == "read":
     described = import_hf.read_config(pathlib.Path(folder))
     with reader.opened(pathlib.Path(folder)) as tensors:
@@ -30,7 +38,7 @@ elif what == "import":
     import_hf.import_hf(folder, out)
 else:
     export_hf.export_hf(folder, out, max_shard_gib=0.1)
-print(f"{what}: {time.perf_counter() - began:.1f} s, peak {peak():.2f} GiB, {before:.2f} before it began")
+print(f"{what}: {time.perf_counter() - began:.1f} s, peak {1024 * peak:,.0f} MiB, {1024 * before:,.0f} before it began")
 """
 
 

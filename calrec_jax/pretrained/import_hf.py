@@ -161,9 +161,7 @@ def _write(
     temporary: Path, title: str, params: Any, described: Described, facts: dict[str, Any], made_from: dict[str, str]
 ) -> None:
     ckpt.write_facts(temporary, described.config, facts)
-    with ckpt.manager(temporary) as checkpoints:
-        ckpt.save(checkpoints, 0, {"params": params}, None)
-        checkpoints.wait_until_finished()
+    ckpt.save_parameters(temporary, params)
     (temporary / GIN_FILE).write_text(gin_text(described.config, title), "utf-8")
     artifacts.write_manifest(temporary, kind="checkpoint", made_from=made_from, settings={}, **facts)
 

@@ -43,7 +43,7 @@ def _wanted(family: Family) -> dict[str, Any]:
 
 
 def to_hf(config: TransformerConfig, vocab_size: int, family: Family) -> dict[str, Any]:
-    """A `config.json` of these settings, in the form that transformers 4 and 5 read; the inverse of `families.from_hf`."""
+    """A `config.json` of these settings, as transformers 4 and 5 read it; the inverse of `families.from_hf`."""
     c = config
     out: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     out |= {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
