@@ -19,8 +19,8 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term
 
-test-slow: .venv/installed-slow
-	PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -m slow --durations=0 -p no:cacheprovider
+test-slow: .venv/installed-slow .venv-peers/installed
+	CALREC_PEERS_PYTHON=$(CURDIR)/.venv-peers/bin/python PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -m slow --durations=0 -p no:cacheprovider
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -34,7 +34,7 @@ lock: .venv/installed
 		$(addprefix --extra ,$(EXTRAS)) setup.py -o constraints.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-peers build dist *.egg-info
 
 # pip comes last, so an interrupted venv is made again.
 .venv/bin/pip:
@@ -52,4 +52,10 @@ clean:
 # The TPU's compiler, Spark, and a peer of the metrics; the browser's tests take Chromium, too.
 .venv/installed-slow: .venv/installed-test
 	$(PIP) -e '.[test,tpu,spark]' ranx
+	touch $@
+
+# torch and transformers, which open models are compared with: gigabytes, and in no process with JAX.
+.venv-peers/installed: .venv/bin/pip constraints.txt
+	$(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch transformers numpy
 	touch $@

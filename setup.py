@@ -23,11 +23,13 @@ INSTALL_REQUIRES = [
     "pyarrow>=17",
     "requests",
     "rich",
+    "safetensors>=0.5",
     "scipy>=1.13",
     "sentencepiece>=0.2,!=0.2.3",  # 0.2.3 is generated for protobuf 7.36, newer than what resolves
     "seqio>=0.0.20",
     "tensorboardX",
     "tensorflow>=2.20",
+    "tokenizers>=0.21",
 ]
 
 EXTRAS = {
@@ -49,6 +51,7 @@ EXTRAS = {
         "pytest",
         "pytest-cov",
         "pytest-xdist",
+        "qwix",
         "ruff",
         "setuptools>=77",
         "tensorboard",

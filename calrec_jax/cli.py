@@ -265,7 +265,7 @@ def _compile(line: Line, arguments: argparse.Namespace) -> None:
     from calrec_jax.train.compile import compile_stage
 
     for stage in [arguments.stage] if arguments.stage is not None else line.stages:
-        compile_stage(stage, arguments.topology, arguments.num_slices)
+        compile_stage(stage, arguments.topology, arguments.num_slices, line.init_from)
 
 
 def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
@@ -299,10 +299,15 @@ class _Verb:
     """A verb; one without `call` is no step of a line, and takes its own options alone."""
 
     def __init__(
-        self, call: Callable[[Line, argparse.Namespace], None] | None, purpose: str, example: str, **options: dict
+        self,
+        call: Callable[[Line, argparse.Namespace], None] | None,
+        purpose: str,
+        example: str,
+        source: tuple[str, str] | None = None,
+        **options: dict,
     ):
         self.call, self.purpose, self.example, self.options = call, purpose, f"calrec {example}", options
-        self.source: tuple[str, str] | None = options.pop("source", None)  # name and help of an argument without a flag
+        self.source = source  # name and help of an argument without a flag
 
 
 def _two_steps(text: str) -> tuple[int, int]:

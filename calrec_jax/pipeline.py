@@ -67,8 +67,8 @@ class Line:
         A name that ends in "_removed" or "_new" ranks the model of the name before that, with the last item or all of
         the history left out; the model is trained once.
       split: "validation" or "test"; what is decoded, ranked and evaluated.
-      init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run. Its
-        tokenizer is the run's, too; none is trained.
+      init_from: what the first stage starts from: a folder that `calrec import_hf` wrote, or a stage of another run.
+        Its tokenizer is the run's, too; none is trained.
       candidates: name of a decode of mode "score" to the ranking of `rankings` whose first items it scores.
       validate: whether `calrec run` does the validation split before the test split, for what is fitted there.
       validation_users: how many users of the validation split are decoded, ranked and evaluated; None is all.
@@ -178,7 +178,8 @@ class Line:
     def vocab(self) -> None:
         """Trains the tokenizer on the catalogues of all categories, or takes that of `init_from`."""
         from calrec_jax.data.templates import Template
-        from calrec_jax.tokenizer import adopt_tokenizer, make_tokenizer
+        from calrec_jax.pretrained.tokenizer import adopt_tokenizer
+        from calrec_jax.tokenizer import make_tokenizer
 
         if self._init_from is not None:
             with self.step("vocab", self.layout.tokenizer):

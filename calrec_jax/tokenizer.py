@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,32 +328,3 @@ def make_tokenizer(
         whole_sentences_left_out=len(shared) - len(kept),
     )
     return tokenizer
-
-
-def adopt_tokenizer(out: str | Path, checkpoint: str | Path) -> None:
-    """Copies the tokenizer of a checkpoint into a run folder, or sees that it is there already.
-
-    Args:
-      out: the run's tokenizer folder.
-      checkpoint: a folder that `calrec import_hf` wrote, which has its tokenizer inside, or a stage of a run, which has
-        it beside.
-
-    Raises:
-      CalrecError: there is no tokenizer, or `out` holds another one.
-    """
-    out, checkpoint = Path(out), Path(checkpoint)
-    candidates = (checkpoint / "tokenizer", checkpoint.parent / "tokenizer")
-    source = next((folder for folder in candidates if (folder / artifacts.MANIFEST).exists()), None)
-    if source is None:
-        raise CalrecError(f"run.init_from={checkpoint}: there is no tokenizer in or beside it; import the model again")
-    tokenizer = Tokenizer.load(source)
-    if (out / artifacts.MANIFEST).exists():
-        there = Tokenizer.load(out)
-        if there.fingerprint != tokenizer.fingerprint:
-            raise CalrecError(
-                f"{out}: holds another tokenizer ({there.fingerprint[:8]}) than run.init_from={checkpoint} "
-                f"({tokenizer.fingerprint[:8]}); choose another --run_dir, or delete it and what was made with it"
-            )
-        return
-    with artifacts.atomic_folder(out) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)

@@ -60,8 +60,9 @@ def load_vocabulary(
       CalrecError: the folder is not a complete tokenizer.
     """
     settings = artifacts.read_manifest(folder, kind="tokenizer")["settings"]
-    kinds = {JSON_FILE: JsonVocabulary, SENTENCEPIECE_FILE: ImportedSentencePieceVocabulary}
-    return kinds.get(settings.get("file"), CalrecVocabulary)(folder)
+    if settings.get("file") == JSON_FILE:
+        return JsonVocabulary(folder)
+    return ImportedSentencePieceVocabulary(folder) if settings.get("file") else CalrecVocabulary(folder)
 
 
 class CalrecVocabulary(seqio.SentencePieceVocabulary):
@@ -163,7 +164,7 @@ class _Imported:
 
     @property
     def pad_id(self) -> int:
-        """The family's; SeqIO itself fills rows with 0, whatever that is here, and segments say which places are real."""
+        """The family's; SeqIO itself fills rows with 0, whatever that is here: segments say which places are real."""
         return self.calrec_tokenizer.pad_id
 
     @property

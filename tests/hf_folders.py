@@ -6,7 +6,6 @@ Nothing of ours is used here: names and shapes are written down as transformers 
 import json
 import pathlib
 
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 import tokenizers
@@ -82,7 +81,10 @@ CONFIGS = {
         "use_sliding_window": False, "bos_token_id": 500, "eos_token_id": 500,
     },
 }  # fmt: skip
-_LLAMA_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN_SPLIT = _LLAMA_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 

@@ -12,7 +12,7 @@ from calrec_jax.errors import CalrecError
 
 VERBS = (
     "prepare", "vocab", "train", "decode", "rank", "baselines", "doctor", "evaluate", "compare", "eval_tasks", "run",
-    "download", "synth", "compile", "quickstart",
+    "download", "synth", "compile", "import_hf", "export_hf", "quickstart",
 )  # fmt: skip
 
 
@@ -173,3 +173,16 @@ def test_computing_verbs_start_once_more_with_the_allocator_set(tmp_path, verb, 
     )
     assert done.stdout.splitlines() == expected, done.stderr
     assert done.returncode == 1 and "--gin_file is missing" in done.stderr, "it still runs the verb"
+
+
+def test_import_and_export_by_the_command(tmp_path, capsys):
+    import hf_folders
+
+    hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS["smollm2"], family="smollm2")
+    assert cli.main(["import_hf", str(tmp_path / "hf"), f"--out={tmp_path / 'in'}", "--mesh_shape=1,1,1,1"]) == 0
+    assert cli.main(["export_hf", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--dtype=bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "import_hf: Llama 3 and SmolLM2, 26,280 parameters" in out and "GiB of bfloat16" in out
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert cli.main(["import_hf", str(tmp_path / "none"), f"--out={tmp_path / 'in2'}"]) == 1
+    assert "config.json is missing" in capsys.readouterr().err

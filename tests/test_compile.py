@@ -1,5 +1,6 @@
 """Training steps compiled for TPU slices that are not here; and what `compile` says without them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def test_step_flops_equal_a_count_place_by_place():
     pooling = 3 * 2 * 4 * 2 * 64 * 16
     contrast = 2 * 2 * 8 * 8 * 16
     assert step_flops(config, batching) == 3 * layers + 2 * pooling + 3 * contrast
+
+
+def test_step_flops_count_windows_where_layers_are_unrolled():
+    """Scanned, layers of both kinds share a body, which computes what global ones need."""
+    wide = dataclasses.replace(SMALL, attention_pattern=("local", "global"), sliding_window=5, attention_block=8)
+    total = compiling.step_flops(dataclasses.replace(wide, attention_pattern=("global",)), ROWS)
+    assert compiling.step_flops(wide, ROWS) == total
+    narrow = dataclasses.replace(wide, scan_layers=False)
+    saved = 0
+    for place in range(ROWS.row_tokens):
+        first = max(0, place // 8 * 8 - 4)  # the first place that the block's first query sees
+        saved += first
+    per_pair = 4 * SMALL.num_heads * SMALL.head_width
+    assert total - compiling.step_flops(narrow, ROWS) == 3 * 2 * per_pair * saved * ROWS.batch_rows, "2 of 3 are local"
 
 
 def test_a_batch_that_does_not_divide_is_named():

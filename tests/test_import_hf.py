@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: every family against a float64 reference, bit for bit there and back, and what is bad."""
+"""Hugging Face folders in and out: every family against a float64 reference, the same bits back, bad input."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from calrec_jax.models.transformer import Transformer, TransformerConfig, empty_
 from calrec_jax.pretrained import families
 from calrec_jax.pretrained.export_hf import export_hf
 from calrec_jax.pretrained.import_hf import import_hf
+from calrec_jax.pretrained.to_hf import family_of, to_hf
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train.checkpoints import load_checkpoint, manager, save, write_facts
 
@@ -54,7 +55,7 @@ def reference(name, tensors, tokens):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_the_float64_reference_scanned_unrolled_and_packed(imported, name):
-    folder, tensors, out = imported(name)
+    _, tensors, out = imported(name)
     config, params, facts = load_checkpoint(out)
     tokens = tokens_of(name)
     expected = [reference(name, tensors, row) for row in tokens]
@@ -184,10 +185,7 @@ def test_parameters_lie_as_training_lays_them_and_the_gin_file_says_the_same_mod
         model = Transformer(made, facts["vocab_size"])
         wanted = steps.abstract_state(model, optax.identity(), steps.make_mesh())[0].params
         jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), params, wanted)
-        assert (
-            families.from_hf(families.to_hf(made, 512, families.family_of(made)), "x").config.settings()
-            == made.settings()
-        )
+        assert families.from_hf(to_hf(made, 512, family_of(made)), "x").config.settings() == made.settings()
 
 
 def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
@@ -215,7 +213,7 @@ def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
     )
     np.testing.assert_allclose(got[0], hf_reference.logits(written, read_all(out), np.arange(5) + 3), atol=2e-4)
     with pytest.raises(CalrecError, match="no family of open models.*nearest is llama.*scale_embeddings=True"):
-        families.family_of(dataclasses.replace(config, scale_embeddings=True))
+        family_of(dataclasses.replace(config, scale_embeddings=True))
 
 
 def test_the_host_holds_one_tensor_and_one_shard(tmp_path):

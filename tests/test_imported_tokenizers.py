@@ -18,7 +18,8 @@ from calrec_jax.data.examples import tokenise_catalogue
 from calrec_jax.errors import CalrecError
 from calrec_jax.pretrained import tokenizer as imported
 from calrec_jax.pretrained.families import from_hf
-from calrec_jax.tokenizer import Tokenizer, adopt_tokenizer
+from calrec_jax.pretrained.tokenizer import adopt_tokenizer
+from calrec_jax.tokenizer import Tokenizer
 
 FAMILIES = ("gemma2", "gemma3", "llama3", "qwen3", "smollm2")
 # Of each family: what begins a segment, ends an item, and pads.

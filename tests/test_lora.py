@@ -1,8 +1,10 @@
 """Adapters: what is trained, saved, merged and exported; and that nothing else moves."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
+import shutil
 
 import flax.linen as nn
 import gin
@@ -10,18 +12,21 @@ import hf_folders
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
+from calrec_jax.decode.run import decode
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import Transformer, TransformerConfig
+from calrec_jax.pipeline import Line
 from calrec_jax.pretrained.export_hf import export_hf
 from calrec_jax.pretrained.import_hf import import_hf
 from calrec_jax.tokenizer import Tokenizer
 from calrec_jax.train import checkpoints as ckpt
 from calrec_jax.train import lora
-from calrec_jax.train.lora import LoraConfig
 from calrec_jax.train.loop import train
+from calrec_jax.train.lora import LoraConfig
 
 pytest.importorskip("qwix")
 SIZES = {"embed_dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24}
@@ -132,7 +137,7 @@ def test_a_reader_gets_base_and_adapters_merged_stage_upon_stage(trained):
     assert jax.tree.structure(before) == jax.tree.structure(first) == jax.tree.structure(second)
     for name in ("query", "down"):
         kernels = [p["layers"][name]["kernel"] for p in (before, first, second)]
-        assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(kernels, kernels[1:], strict=False))
+        assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.pairwise(kernels))
     for path in (("embedding",), ("final_norm", "scale")):
         for params in (first, second):
             x, y = before, params
@@ -147,11 +152,42 @@ def test_training_adapters_lowers_the_loss(trained):
     assert losses[-1] < losses[0]
 
 
+def test_a_run_takes_the_models_tokenizer_and_refuses_another_model(trained, small_run, tmp_path):
+    base, _, _, tokenizer = trained
+    line = Line(run_dir=str(tmp_path), target="Tools", init_from=str(base))
+    line.vocab()
+    assert Tokenizer.load(line.layout.tokenizer).fingerprint == tokenizer.fingerprint
+    line.vocab()  # it is there
+    gin.parse_config(SETTINGS.replace("LoraConfig.rank = 2", ""))
+    try:
+        with pytest.raises(CalrecError, match=rf"has another model \(.*embed_dim.*\); include {base}/model.gin"):
+            train(tmp_path / "stage1", small_run.datasets, tokenizer, init_from=base)
+        with pytest.raises(CalrecError, match="was trained with another tokenizer"):
+            train(tmp_path / "stage2", small_run.datasets, small_run.tokenizer, init_from=base)
+        with pytest.raises(CalrecError, match=r"was imported and not trained yet; name it in run\.init_from"):
+            decode(tmp_path / "decoded", small_run.datasets[0], tokenizer, base, split="test", mode="sample")
+    finally:
+        gin.clear_config()
+
+
+def test_completions_of_an_imported_and_adapted_model(trained, small_run, tmp_path):
+    _, _, two, tokenizer = trained
+    dataset = small_run.datasets[0]
+    out = decode(
+        tmp_path / "decoded", dataset, tokenizer, two, split="test", mode="constrained_beam", num_beams=4, max_users=3
+    )
+    rows = pq.read_table(out / "part-00000.parquet").to_pylist()
+    assert len(rows) == 3
+    for row in rows:
+        assert {*row["item_ids"]} <= {*dataset.item_ids} and len(row["item_ids"]) >= 4
+        assert all(text.startswith("Title: ") for text in row["texts"])
+
+
 def test_the_merged_model_is_exported(trained):
-    base, _, two, tokenizer = trained
+    base, _, two, _ = trained
     out = export_hf(two, two.parent / "exported", tokenizer=base / "tokenizer")
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
-    config, params, facts = ckpt.load_checkpoint(two)
+    params = ckpt.load_checkpoint(two)[1]
     name = "model.layers.1.self_attn.q_proj.weight"
     kernel = np.asarray(params["layers"]["query"]["kernel"])[1]
     np.testing.assert_array_equal(tensors[name], kernel.reshape(kernel.shape[0], -1).T)
@@ -161,11 +197,11 @@ def test_the_merged_model_is_exported(trained):
 
 
 def test_a_base_that_is_gone_or_another_is_named(trained, tmp_path):
-    import shutil
-
-    base, one, _, _ = trained
+    one = trained[1]
     shutil.copytree(one, tmp_path / "run" / "stage1")
-    with pytest.raises(CalrecError, match=rf"has adapters alone, and their base is not at {tmp_path}/base; put it back"):
+    with pytest.raises(
+        CalrecError, match=rf"has adapters alone, and their base is not at {tmp_path}/base; put it back"
+    ):
         ckpt.load_checkpoint(tmp_path / "run" / "stage1")
     hf_folders.write_folder(tmp_path / "hf", hf_folders.CONFIGS["qwen2"], seed=1, family="qwen2")
     import_hf(tmp_path / "hf", tmp_path / "base")

@@ -31,15 +31,17 @@ def token_case(seed, rows=3, length=10, width=5, vocab=11, density=0.5):
     return hidden, table, targets, weights
 
 
-def token_reference(hidden, table, targets, weights):
+def token_reference(hidden, table, targets, weights, cap=None):
     """Σ w·(−log p) and its gradients, one place at a time, float64."""
     hidden, table = hidden.astype(np.float64), table.astype(np.float64)
     total, d_hidden, d_table = 0.0, np.zeros_like(hidden), np.zeros_like(table)
     for b in range(hidden.shape[0]):
         for p in range(hidden.shape[1]):
-            log_p = log_softmax(table @ hidden[b, p])
+            scores = table @ hidden[b, p]
+            slope = 1.0 if cap is None else 1 / np.cosh(scores / cap) ** 2
+            log_p = log_softmax(scores if cap is None else cap * np.tanh(scores / cap))
             total -= weights[b, p] * log_p[targets[b, p]]
-            error = weights[b, p] * (np.exp(log_p) - np.eye(len(table))[targets[b, p]])
+            error = weights[b, p] * (np.exp(log_p) - np.eye(len(table))[targets[b, p]]) * slope
             d_hidden[b, p] = error @ table
             d_table += np.outer(error, hidden[b, p])
     return total, d_hidden, d_table
@@ -58,6 +60,21 @@ def test_weighted_token_loss_and_gradients_equal_the_reference(seed, chunk, dens
     assert float(value) == pytest.approx(3 * expected, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(grads[0], 3 * d_hidden, atol=2e-5)
     np.testing.assert_allclose(grads[1], 3 * d_table, atol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_soft_capped_logits_have_the_loss_and_gradients_of_the_reference(seed):
+    hidden, table, targets, weights = token_case(seed)
+    case = 2 * hidden, table, targets, weights
+    expected, d_hidden, d_table = token_reference(*case, cap=3.0)
+    assert abs(expected - token_reference(*case)[0]) > 0.5, "the cap is felt"
+    assert float(weighted_token_loss(*case, 4, 3.0)) == pytest.approx(expected, rel=1e-5)
+    value, grads = jax.value_and_grad(lambda h, t: weighted_token_loss(h, t, targets, weights, 4, 3.0), (0, 1))(
+        *case[:2]
+    )
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grads[0], d_hidden, atol=2e-5)
+    np.testing.assert_allclose(grads[1], d_table, atol=2e-5)
 
 
 def test_token_loss_is_finite_for_huge_logits():

@@ -9,7 +9,7 @@ import pytest
 
 from calrec_jax import config
 from calrec_jax.models.transformer import Transformer, TransformerConfig
-from calrec_jax.pretrained.families import family_of
+from calrec_jax.pretrained.to_hf import family_of
 
 # Rows of the embedding, parameters as the models' pages count them (of Qwen 3 and Gemma 3 4B: without the table that is
 # stored twice, and without the tower of images).

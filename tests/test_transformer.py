@@ -217,8 +217,32 @@ def test_parameters_carry_t5x_names():
         ({"activation": "relu"}, "activation='relu': must be one of"),
         ({"remat": "some"}, "remat='some': must be one of"),
         ({"dtype": "float16"}, "dtype='float16': must be"),
+        ({"attention_pattern": ("local",)}, "sliding_window=None: attention_pattern has local layers"),
+        ({"attention_pattern": ("near",)}, r"attention_pattern=\('near',\): must be kinds of layers"),
+        ({"rope_scaling": "yarn"}, r"rope_scaling='yarn': must be one of \['none', 'linear', 'llama3'\]"),
+        ({"rope_scaling": "linear", "rope_factor": 0.0}, "rope_factor=0.0: must be above 0"),
+        ({"rope_scaling": "llama3", "rope_low_frequency": 5.0}, "rope_low_frequency=5.0: must be above 0 and below"),
+        ({"logit_soft_cap": 0.0}, "logit_soft_cap=0.0: must be above 0, or None"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(CalrecError, match=message):
         TransformerConfig(**settings)
+
+
+def test_settings_that_came_later_are_left_out_of_artefacts_at_their_default():
+    """So that manifests and checkpoints from before them stay what they were."""
+    first = dataclasses.asdict(SMALL)
+    later = {name for name in first if name not in SMALL.described()}
+    assert {"sliding_window", "qk_norm", "tied_embeddings", "rope_scaling"} <= later
+    assert {"embed_dim", "head_dim", "dropout_rate", "attention_block"} <= {*SMALL.described()}
+    old = {name: value for name, value in first.items() if name not in later}
+    assert TransformerConfig.from_described(old) == SMALL
+    wide = dataclasses.replace(SMALL, attention_pattern=("local", "global"), sliding_window=4, qk_norm=True)
+    assert {*wide.described()} - {*old} == {"attention_pattern", "sliding_window", "qk_norm"}
+    assert TransformerConfig.from_described(wide.described()) == wide
+    assert TransformerConfig.from_described(old | {"unknown": 1}) is None
+    assert TransformerConfig.from_described({"embed_dim": 3}) is None
+    assert dataclasses.replace(SMALL, head_dim=4).settings() == SMALL.settings(), (
+        "what follows from another is equal to it"
+    )

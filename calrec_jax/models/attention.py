@@ -81,7 +81,7 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap · tanh(x / cap) (Gemma 2, section 2); `x` where there is no cap."""
+    """Cap · tanh(x / cap) (Gemma 2, section 2); `x` where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -123,7 +123,7 @@ def packed_attention(
         first = first_key(begin, window if local is True else None)
         lag = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
         near = lag >= 0
-        if local is not False:
+        if window is not None and local is not False:
             near &= (lag < window) | ~jnp.asarray(local)
         mask = (segment_ids[:, begin:end, None] == segment_ids[:, None, first:end]) & near
         scores = jnp.einsum(

@@ -20,9 +20,10 @@ from calrec_jax import __version__, artifacts
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import TransformerConfig
 from calrec_jax.pretrained import families, reader
-from calrec_jax.pretrained.import_hf import CONFIG_FILE, TOKENIZER_FOLDER
+from calrec_jax.pretrained.import_hf import CONFIG_FILE
 from calrec_jax.pretrained.tensors import HEAD, Leaf, leaves
-from calrec_jax.pretrained.tokenizer import FILES
+from calrec_jax.pretrained.to_hf import family_of, to_hf
+from calrec_jax.pretrained.tokenizer import FILES, FOLDER
 from calrec_jax.tokenizer import MODEL_FILE, Tokenizer
 from calrec_jax.train.checkpoints import load_checkpoint
 
@@ -80,7 +81,7 @@ def export_hf(
     if out.exists():
         raise CalrecError(f"{out} exists already; delete it to export again, or choose another --out")
     config, params, facts = load_checkpoint(checkpoint)
-    family = families.family_of(config)
+    family = family_of(config)
     files = _tokenizer_files(checkpoint, tokenizer, facts["tokenizer"])
     origin = facts.get("origin", {})
     with artifacts.atomic_folder(out) as temporary:
@@ -127,7 +128,7 @@ def _shards(plan: Sequence[_Tensor], limit: float) -> list[list[_Tensor]]:
 
 
 def _write_shards(folder: Path, shards: Sequence[Sequence[_Tensor]], params: Any) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = reader.SINGLE_FILE
         if len(shards) > 1:
@@ -146,7 +147,7 @@ def _config(
 ) -> dict[str, Any]:
     """`config.json`: the original, where it still says what the model is."""
     original = origin.get("config")
-    made = dict(original) if original else families.to_hf(config, vocab_size, family)
+    made = dict(original) if original else to_hf(config, vocab_size, family)
     found = families.from_hf(made, CONFIG_FILE)
     if found.config.settings() != config.settings() or found.vocab_size != vocab_size:
         raise CalrecError(
@@ -160,7 +161,7 @@ def _config(
 
 def _tokenizer_files(checkpoint: Path, given: str | Path | None, fingerprint: str) -> list[Path]:
     """The tokenizer's files to copy."""
-    candidates = [Path(given)] if given else [checkpoint / TOKENIZER_FOLDER, checkpoint.parent / TOKENIZER_FOLDER]
+    candidates = [Path(given)] if given else [checkpoint / FOLDER, checkpoint.parent / FOLDER]
     folder = next((path for path in candidates if (path / artifacts.MANIFEST).exists()), candidates[-1])
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != fingerprint:

@@ -1,4 +1,4 @@
-"""Families of open models: a `config.json` as settings of the one decoder, and back.
+"""Families of open models: a `config.json` as settings of the one decoder; `to_hf.py` is the way back.
 
 Notable: a field that would change what the model computes, and that the decoder does not have, is an error that names
 it; nothing is passed over in silence. Both forms of the files are read: that of transformers 4 (`rope_theta`,
@@ -91,11 +91,11 @@ _REASONS = {
     "auto_map": "it names code in the folder, which is never run",
     "quantization_config": "quantised weights are not read; take the model's unquantised folder",
 }
-_SIZES = {
+SIZES = {
     "embed_dim": "hidden_size", "mlp_dim": "intermediate_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }  # fmt: skip
-_KINDS = {"sliding_attention": "local", "full_attention": "global"}
+KINDS = {"sliding_attention": "local", "full_attention": "global"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def from_hf(config: Json, where: str) -> Described:
         )
     fields = _Fields({**family.defaults, **text}, where)
     fields.check(family)
-    sizes = {ours: fields.integer(theirs) for ours, theirs in _SIZES.items()}
+    sizes = {ours: fields.integer(theirs) for ours, theirs in SIZES.items()}
     kv_heads = fields.integer("num_key_value_heads", sizes["num_heads"])
     head_dim = fields.integer("head_dim", sizes["embed_dim"] // sizes["num_heads"])
     settings: dict[str, Any] = {**family.settings, **sizes, "num_kv_heads": kv_heads, "head_dim": head_dim}
@@ -215,13 +215,13 @@ def _layers(fields: _Fields, family: Family, count: int) -> dict[str, Any]:
         types = ["full_attention" if i < first else "sliding_attention" for i in range(count)]
     elif types is None:
         types = ["full_attention"] * count
-    unknown = [t for t in types if t not in _KINDS]
+    unknown = [t for t in types if t not in KINDS]
     if len(types) != count or unknown:
+        strange = f", one of them {unknown[0]!r}" if unknown else ""
         raise CalrecError(
-            f"{fields.where}: layer_types has {len(types)} entries{f', one of them {unknown[0]!r}' if unknown else ''}: "
-            f"must be {count}, each one of {list(_KINDS)}"
+            f"{fields.where}: layer_types has {len(types)} entries{strange}: must be {count}, each one of {[*KINDS]}"
         )
-    pattern = shortest_period([_KINDS[t] for t in types])
+    pattern = shortest_period([KINDS[t] for t in types])
     return {
         "attention_pattern": pattern,
         "sliding_window": fields.integer("sliding_window") if "local" in pattern else None,
@@ -281,84 +281,3 @@ def _scaling(scaling: dict[str, Any], fields: _Fields, has_local: bool) -> dict[
             "rope_original_length": own.integer("original_max_position_embeddings"),
         }
     return settings
-
-
-def family_of(config: TransformerConfig) -> Family:
-    """The family that a decoder of these settings belongs to.
-
-    Raises:
-      CalrecError: none; the settings that keep it from the nearest one are named.
-    """
-    differences = {
-        family.model_type: [f"{k}={getattr(config, k)!r} (it has {v!r})" for k, v in _wanted(family).items()
-                            if getattr(config, k) != v]
-        for family in FAMILIES.values()
-    }  # fmt: skip
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    if differences[nearest]:
-        raise CalrecError(
-            f"no family of open models has this decoder's settings; the nearest is {nearest}, from which it differs in "
-            f"{', '.join(differences[nearest])}"
-        )
-    return FAMILIES[nearest]
-
-
-def _wanted(family: Family) -> dict[str, Any]:
-    """What a decoder of the family must have, and what it must leave at its default."""
-    plain = {name: False for name in ("norm_one_plus", "post_norms", "qk_norm", "qkv_bias")}
-    wanted: dict[str, Any] = {"scale_embeddings": True} | plain | dict(family.settings)
-    if "query_pre_attn_scalar" not in family.defaults:
-        wanted |= {"query_pre_attention_scalar": None, "attention_soft_cap": None, "logit_soft_cap": None}
-    if family.model_type == "llama":
-        wanted["attention_pattern"] = ("global",)
-    if "rope_local_base_freq" not in family.defaults:
-        wanted["local_rope_base"] = None
-    return wanted
-
-
-def to_hf(config: TransformerConfig, vocab_size: int, family: Family) -> dict[str, Any]:
-    """A `config.json` of these settings, in the form that transformers 4 and 5 read; the inverse of `from_hf`."""
-    c = config
-    out: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    out |= {theirs: getattr(c, ours) for ours, theirs in _SIZES.items()}
-    out |= {
-        "vocab_size": vocab_size,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_width,
-        family.activation_field: family.activation,
-        "rms_norm_eps": c.norm_epsilon,
-        "tie_word_embeddings": c.tied_embeddings,
-        "rope_theta": c.rope_base,
-        "rope_scaling": _scaling_to_hf(c),
-        "attention_bias": False,
-        "max_position_embeddings": c.rope_original_length * max(1, round(c.rope_factor)),
-    }
-    if "query_pre_attn_scalar" in family.defaults:
-        scalar = c.query_pre_attention_scalar or c.head_width
-        out["query_pre_attn_scalar"] = (
-            int(scalar) if scalar == int(scalar) else scalar
-        )  # transformers 5 wants a whole one
-        out["attn_logit_softcapping"], out["final_logit_softcapping"] = c.attention_soft_cap, c.logit_soft_cap
-    if "rope_local_base_freq" in family.defaults:
-        out["rope_local_base_freq"] = c.local_rope_base or c.rope_base
-    if family.model_type != "llama":
-        names = {ours: theirs for theirs, ours in _KINDS.items()}
-        out["layer_types"] = [names["local" if local else "global"] for local in c.local_layers]
-        out["sliding_window"] = c.sliding_window
-    if "use_sliding_window" in family.defaults:
-        out["use_sliding_window"] = any(c.local_layers)
-    return out
-
-
-def _scaling_to_hf(c: TransformerConfig) -> dict[str, Any] | None:
-    if c.rope_scaling == "none":
-        return None
-    if c.rope_scaling == "linear":
-        return {"rope_type": "linear", "factor": c.rope_factor}
-    return {
-        "rope_type": "llama3",
-        "factor": c.rope_factor,
-        "low_freq_factor": c.rope_low_frequency,
-        "high_freq_factor": c.rope_high_frequency,
-        "original_max_position_embeddings": c.rope_original_length,
-    }

@@ -28,7 +28,7 @@ from calrec_jax.pretrained.tensors import HEAD, Leaf, leaves
 from calrec_jax.train import checkpoints as ckpt
 from calrec_jax.train import step as steps
 
-CONFIG_FILE, GIN_FILE, TOKENIZER_FOLDER = "config.json", "model.gin", "tokenizer"
+CONFIG_FILE, GIN_FILE = "config.json", "model.gin"
 
 
 def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | None = None) -> Path:
@@ -67,7 +67,7 @@ def import_hf(folder: str | Path, out: str | Path, mesh_shape: Sequence[int] | N
             _write(
                 temporary, f"{described.family.title}, imported from {folder.name}", params, described, facts, made_from
             )
-            tokenizer.write(temporary / TOKENIZER_FOLDER)
+            tokenizer.write(temporary / tokenizers.FOLDER)
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"import_hf: {described.family.title}, {count:,} parameters → {out}")
     return out
@@ -161,9 +161,7 @@ def _write(
     temporary: Path, title: str, params: Any, described: Described, facts: dict[str, Any], made_from: dict[str, str]
 ) -> None:
     ckpt.write_facts(temporary, described.config, facts)
-    with ckpt.manager(temporary) as checkpoints:
-        ckpt.save(checkpoints, 0, {"params": params}, None)
-        checkpoints.wait_until_finished()
+    ckpt.save_parameters(temporary, params)
     (temporary / GIN_FILE).write_text(gin_text(described.config, title), "utf-8")
     artifacts.write_manifest(temporary, kind="checkpoint", made_from=made_from, settings={}, **facts)
 

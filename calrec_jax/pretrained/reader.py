@@ -74,8 +74,8 @@ class Tensors:
             if prefix + "embed_tokens.weight" in self:
                 return prefix
         raise CalrecError(
-            f"{self.folder}: the tensor {PREFIXES[0]}embed_tokens.weight is missing; a folder of a causal language model "
-            "is wanted"
+            f"{self.folder}: the tensor {PREFIXES[0]}embed_tokens.weight is missing; a folder of a causal language "
+            "model is wanted"
         )
 
     def check(self, wanted: Sequence[Leaf], prefix: str, tied: bool) -> None:
@@ -147,8 +147,8 @@ def _index(folder: Path) -> dict[str, str] | None:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickled:
             raise CalrecError(
-                f"{folder}: has {pickled[0]}, which is pickle and may run code, and no {SINGLE_FILE}; load it once where "
-                "you trust it and save it by transformers' save_pretrained, which writes safetensors"
+                f"{folder}: has {pickled[0]}, which is pickle and may run code, and no {SINGLE_FILE}; load it once "
+                "where you trust it and save it by transformers' save_pretrained, which writes safetensors"
             )
         raise CalrecError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = artifacts.read_json(folder / INDEX_FILE)

@@ -25,9 +25,10 @@ from calrec_jax.tokenizer import Tokenizer, lone_surrogates
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 # What transformers reads of a tokenizer; copied as they are, so that an export has them.
 FILES = (
-    JSON_FILE, SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    JSON_FILE, SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+FOLDER = "tokenizer"  # in a checkpoint that was imported, or beside the stages of a run
 _MOST_PADDING = 1024  # rows of an embedding beyond the tokenizer's last id: to a round number, no more
 _REPLACEMENT = "\ufffd"
 
@@ -236,7 +237,7 @@ def from_hf(folder: Path, described: Described) -> ImportedTokenizer:
             f"{folder}: has neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; a model is read with its tokenizer"
         )
     tokenizer = kind(folder, {}, described.vocab_size)
-    names = {}
+    names: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second says more, where both are there
         if (folder / name).is_file():
             names |= artifacts.read_json(folder / name)
@@ -244,8 +245,8 @@ def from_hf(folder: Path, described: Described) -> ImportedTokenizer:
     eos = find("eos")
     if eos is None:
         raise CalrecError(
-            f"{folder}: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) says which token ends a "
-            "text"
+            f"{folder}: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) says which token ends "
+            "a text"
         )
     start, pad = find("bos"), find("pad")
     ids = {"start": eos if start is None else start, "eos": eos, "pad": eos if pad is None else pad}
@@ -264,7 +265,8 @@ def _special(
             raise CalrecError(f"{tokenizer.folder}: {what}_token={token!r} is no token of {tokenizer.file}")
         return found
     number = config.get(f"{what}_token_id")
-    return number[0] if isinstance(number, list) and number else number
+    number = number[0] if isinstance(number, list) and number else number
+    return number if isinstance(number, int) else None
 
 
 def load(folder: Path, manifest: Mapping[str, Any]) -> ImportedTokenizer:
@@ -276,3 +278,32 @@ def load(folder: Path, manifest: Mapping[str, Any]) -> ImportedTokenizer:
     artifacts.check_files(folder, manifest)
     settings = manifest["settings"]
     return _CLASSES[settings["file"]](folder, settings["ids"], settings["vocab_size"])
+
+
+def adopt_tokenizer(out: str | Path, checkpoint: str | Path) -> None:
+    """Copies the tokenizer of a checkpoint into a run folder, or sees that it is there already.
+
+    Args:
+      out: the run's tokenizer folder.
+      checkpoint: a folder that `calrec import_hf` wrote, which has its tokenizer inside, or a stage of a run, which has
+        it beside.
+
+    Raises:
+      CalrecError: there is no tokenizer, or `out` holds another one.
+    """
+    out, checkpoint = Path(out), Path(checkpoint)
+    candidates = (checkpoint / "tokenizer", checkpoint.parent / FOLDER)
+    source = next((folder for folder in candidates if (folder / artifacts.MANIFEST).exists()), None)
+    if source is None:
+        raise CalrecError(f"run.init_from={checkpoint}: there is no tokenizer in or beside it; import the model again")
+    tokenizer = Tokenizer.load(source)
+    if (out / artifacts.MANIFEST).exists():
+        there = Tokenizer.load(out)
+        if there.fingerprint != tokenizer.fingerprint:
+            raise CalrecError(
+                f"{out}: holds another tokenizer ({there.fingerprint[:8]}) than run.init_from={checkpoint} "
+                f"({tokenizer.fingerprint[:8]}); choose another --run_dir, or delete it and what was made with it"
+            )
+        return
+    with artifacts.atomic_folder(out) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)

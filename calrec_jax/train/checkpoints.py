@@ -66,6 +66,19 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, validation_l
         checkpoints.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
 
+def save_parameters(stage: Path, params: Any) -> None:
+    """Saves parameters alone as step 0, one after the other, so that the host holds no more than the largest of them."""
+    most = max(sum(shard.data.nbytes for shard in x.addressable_shards) for x in jax.tree.leaves(params))
+    limit = 1.01 * most / 1e9  # orbax counts in GB
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, save_device_host_concurrent_gb=limit)  # type: ignore[arg-type]
+    with (
+        artifacts.disk_errors(stage),
+        ocp.CheckpointManager((stage / "checkpoints").absolute(), item_handlers=handler) as checkpoints,
+    ):
+        checkpoints.save(0, args=ocp.args.PyTreeSave({"params": params}))
+        checkpoints.wait_until_finished()
+
+
 def resume(checkpoints: ocp.CheckpointManager, state: Any) -> Any | None:
     """The newest saved state that can be read, or None where none was saved; damaged steps are named and deleted.
 

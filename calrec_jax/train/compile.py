@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import gin
@@ -25,6 +26,7 @@ from calrec_jax.models import attention_kernels
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train import step as steps
 from calrec_jax.train.batching import Batching
+from calrec_jax.train.checkpoints import read_facts
 from calrec_jax.train.feed import batch_shapes
 from calrec_jax.train.flops import CHIPS, step_flops
 from calrec_jax.train.hlo import Program
@@ -63,8 +65,10 @@ class StepReport:
     vocabulary_collective_bytes: float
 
 
-def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
+def compile_stage(stage: str, topology: str, num_slices: int = 1, init_from: str | None = None) -> StepReport:
     """Compiles a stage's training step as gin has bound it, and prints the report.
+
+    The vocabulary has as many rows as that of `init_from`, where there is one, else `vocab.vocab_size`.
 
     Raises:
       CalrecError: libtpu is missing, the topology is unknown, the mesh does not cover it, or the step does not fit.
@@ -77,6 +81,8 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
             )
         default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
         vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
+        if init_from is not None:
+            vocab_size = read_facts(Path(init_from).expanduser())[1]["vocab_size"]
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))
         report = compile_step(
             mesh,

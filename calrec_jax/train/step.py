@@ -96,8 +96,8 @@ def init_state(
 ) -> tuple[TrainState, Any]:
     """A fresh state laid out over the mesh, and its shardings.
 
-    Parameters are initialised from `seed` alone: the same on any mesh. `trained` takes out of a model's parameters those
-    that the state has.
+    Parameters are initialised from `seed` alone: the same on any mesh. `trained` takes out of a model's parameters
+    those that the state has.
     """
     create = _creator(model, optimizer, trained)
     _, shardings = abstract_state(model, optimizer, mesh, trained)
@@ -187,7 +187,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds the jitted `train_step(state, batch) -> (state, metrics)`; the state is donated.
 
-    With `frozen_shardings` it is `train_step(state, batch, frozen)`: parameters that the state does not have, as in LoRA.
+    With `frozen_shardings` it is `train_step(state, batch, frozen)`: parameters that the state does not have (LoRA).
 
     `micro_batches` is how many parts of the batch are in memory one after the other; see `gradients.make_gradients`.
 
