@@ -1,8 +1,9 @@
 """SeqIO tasks and mixtures of prepared datasets.
 
-One task a dataset, `calrec_<name>`, with SeqIO's splits train, validation and test, as users of SeqIO expect: the
-split is an argument of `get_dataset` and of `seqio.Evaluator`, and the metric functions belong to the task (training
-ignores them), so a second task for evaluation would only repeat the first. Its output features are `inputs` (the
+A dataset gives three tasks over the same examples: `calrec_<name>` with the splits train, validation and test;
+`calrec_<name>_train` with train and validation and no metrics, for a trainer's loss; `calrec_<name>_eval` with
+validation and test and the ranking metrics, for `seqio.Evaluator` and for configurations that name the two apart, as
+T5X's do. Their output features are `inputs` (the
 prompt) and `targets` (the item's text and EOS), so that SeqIO's own converters work on it, too; what else
 `CalrecFeatureConverter` needs rides along as further features of the examples. A mixture keeps those, which is why it
 is a class of ours.
@@ -12,6 +13,9 @@ is a class of ours.
     tasks.register_dataset("run/datasets/Industrial_and_Scientific", "run/tokenizer")
     tasks.register_mixture("calrec_stage1", ["calrec_Office_Products", "calrec_Industrial_and_Scientific"])
     seqio.get_mixture_or_task("calrec_stage1").get_dataset({"inputs": 1024, "targets": 128}, split="train")
+
+`register_run` does all of that for a run folder; the module `calrec_jax.tasks.run_folder` does it when it is imported,
+for programs that are given a module's name alone (`seqio_cache_tasks`, T5X).
 
 Registering reads the dataset and the tokenizer, and makes nothing. The order of registration numbers users, items and
 texts as `build_examples` does for the same order.
@@ -28,12 +32,18 @@ import tensorflow as tf
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
+from calrec_jax.layout import RunLayout
 from calrec_jax.tasks import metrics, preprocessors
-from calrec_jax.tasks.source import CalrecDataSource, CatalogueSpace
+from calrec_jax.tasks.source import SPLITS, CalrecDataSource, CatalogueSpace
 from calrec_jax.vocabularies import load_vocabulary
 
 PREFIX = "calrec_"
+STAGE1 = "calrec_stage1"
+# Suffix of a task to its splits.
+KINDS = {"": SPLITS, "_train": ("train", "validation"), "_eval": ("validation", "test")}
 MAX_TARGET_TOKENS = 128
+
+FACTS_FILE = "model.json"  # as `train.checkpoints` names it, which imports orbax
 
 _spaces: dict[tuple[str, int], CatalogueSpace] = {}
 
@@ -57,7 +67,9 @@ def register_dataset(
     max_target_tokens: int = MAX_TARGET_TOKENS,
     metric_fns: Sequence[Callable[..., Any]] = (),
 ) -> str:
-    """Registers the task `calrec_<name>` of a dataset, unless this very task is registered already.
+    """Registers the tasks `calrec_<name>`, `calrec_<name>_train` and `calrec_<name>_eval` of a dataset.
+
+    Those that are registered already, from the same dataset and tokenizer, are left as they are.
 
     Args:
       dataset_folder: as `calrec prepare` wrote it.
@@ -67,7 +79,7 @@ def register_dataset(
       metric_fns: SeqIO metric functions beside `metrics.RankingMetrics`.
 
     Returns:
-      The task's name.
+      The first task's name.
 
     Raises:
       CalrecError: a folder is not complete, they do not belong together, or another task has the name.
@@ -82,16 +94,33 @@ def register_dataset(
             f"{dataset_folder} was made with another template than {tokenizer_folder}; make one of them again"
         )
     task = PREFIX + re.sub(r"[^\w.:#]", "_", name if name is not None else manifest["name"])
-    tokenizer = vocabulary.calrec_tokenizer
-    identity = (manifest["hash"], tokenizer.fingerprint, max_target_tokens)
-    if task in seqio.TaskRegistry.names():
-        if getattr(seqio.TaskRegistry.get(task).source, "identity", None) == identity:
-            return task
-        raise CalrecError(f"another task is registered as {task}; pass another name for {dataset_folder}")
-    space = _spaces.setdefault(identity[1:], CatalogueSpace(tokenizer, max_target_tokens))
-    source = CalrecDataSource(pathlib.Path(dataset_folder), space, identity)
+    identity = (manifest["hash"], vocabulary.calrec_tokenizer.fingerprint, max_target_tokens)
+    for suffix in KINDS:
+        if task + suffix in seqio.TaskRegistry.names():
+            if getattr(seqio.TaskRegistry.get(task + suffix).source, "identity", None) != identity:
+                raise CalrecError(
+                    f"another task is registered as {task + suffix}; pass another name for {dataset_folder}"
+                )
+            continue
+        _register(task, suffix, pathlib.Path(dataset_folder), vocabulary, identity, metric_fns)
+    return task
+
+
+def _register(
+    task: str,
+    suffix: str,
+    folder: pathlib.Path,
+    vocabulary: CalrecVocabulary,
+    identity: tuple[str, str, int],
+    metric_fns: Sequence[Callable[..., Any]],
+) -> None:
+    """Registers one of the tasks of a dataset; `identity` is (dataset, tokenizer, max_target_tokens)."""
+    max_target_tokens = identity[2]
+    space = _spaces.setdefault(identity[1:], CatalogueSpace(vocabulary.calrec_tokenizer, max_target_tokens))
+    source = CalrecDataSource(folder, space, identity, KINDS[suffix])
+    measured = suffix != "_train"
     seqio.TaskRegistry.add(
-        task,
+        task + suffix,
         source=source,
         preprocessors=[
             functools.partial(preprocessors.tokenise, vocabulary=vocabulary, max_target_tokens=max_target_tokens),
@@ -99,10 +128,43 @@ def register_dataset(
             functools.partial(preprocessors.trim_history, max_target_tokens=max_target_tokens),
         ],
         output_features=preprocessors.output_features(vocabulary),
-        postprocess_fn=metrics.Postprocessor(source),
-        metric_fns=[metrics.RankingMetrics(source), *metric_fns],
+        postprocess_fn=metrics.Postprocessor(source) if measured else None,
+        metric_fns=[metrics.RankingMetrics(source), *metric_fns] if measured else [],
     )
-    return task
+
+
+def register_run(run_dir: str | pathlib.Path, *, max_target_tokens: int | None = None) -> list[str]:
+    """Registers the tasks of every dataset of a run folder, and the mixture `calrec_stage1` of their `_train` tasks.
+
+    Args:
+      run_dir: as `calrec run` fills it.
+      max_target_tokens: see `register_dataset`; None: that of the run's stages, where one was begun.
+
+    Returns:
+      The names of the datasets' first tasks, in the order of their folders.
+
+    Raises:
+      CalrecError: there is no dataset or no tokenizer, stages differ in `max_target_tokens`, or a name is taken.
+    """
+    layout = RunLayout(pathlib.Path(run_dir))
+    folders = sorted(path.parent for path in layout.dataset("").glob(f"*/{artifacts.MANIFEST}"))
+    if not folders:
+        raise CalrecError(f"{run_dir} has no datasets; run `calrec prepare` and `calrec vocab` first")
+    if max_target_tokens is None:
+        facts = [layout.stage(stage) / FACTS_FILE for stage in ("stage1", "stage2")]
+        found = {artifacts.read_json(path)["max_target_tokens"] for path in facts if path.exists()}
+        if len(found) > 1:
+            raise CalrecError(f"{run_dir}: its stages have max_target_tokens {sorted(found)}; say which one is meant")
+        max_target_tokens = found.pop() if found else MAX_TARGET_TOKENS
+    names = [register_dataset(folder, layout.tokenizer, max_target_tokens=max_target_tokens) for folder in folders]
+    parts = [f"{name}_train" for name in names]
+    if STAGE1 in seqio.MixtureRegistry.names():
+        known = [task.name for task in seqio.MixtureRegistry.get(STAGE1).tasks]
+        if sorted(known) != sorted(parts):
+            raise CalrecError(f"{STAGE1} is registered already, of {known}; register one run folder in a process")
+    else:
+        register_mixture(STAGE1, parts)
+    return names
 
 
 def register_mixture(name: str, tasks: Sequence[str], *, exponent: float = 0.3) -> str:

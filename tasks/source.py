@@ -8,13 +8,14 @@ of a mixture can tell the same user, item or text from another.
 
 import functools
 import pathlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from calrec_jax import artifacts
 from calrec_jax.data import templates
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.examples import TokenCatalogue, tokenise_catalogue
@@ -23,6 +24,13 @@ from calrec_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 _SHARDS = 16  # of a split, for caching jobs
+
+
+@functools.lru_cache(maxsize=16)
+def _load(folder: pathlib.Path, manifest_hash: str) -> Dataset:
+    """The dataset, read once for all tasks that are made from it."""
+    del manifest_hash
+    return Dataset.load(folder)
 
 
 class CatalogueSpace:
@@ -84,13 +92,20 @@ class CalrecDataSource(seqio.DataSource):
     the users with a target.
     """
 
-    def __init__(self, folder: pathlib.Path, space: CatalogueSpace, identity: Hashable = None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        space: CatalogueSpace,
+        identity: Hashable = None,
+        splits: Sequence[str] = SPLITS,
+    ):
         """Reads the dataset in `folder`.
 
         Args:
           folder: as `calrec prepare` wrote it.
           space: where its users, items and texts get their numbers.
           identity: kept, to tell whether a task is registered again or another one under its name.
+          splits: those of `SPLITS` that it has.
 
         Raises:
           CalrecError: the folder is not a complete dataset.
@@ -98,11 +113,11 @@ class CalrecDataSource(seqio.DataSource):
         self.folder = folder
         self.space = space
         self.identity = identity
-        self.dataset = Dataset.load(folder)
+        self.dataset = _load(folder, artifacts.read_manifest(folder, kind="dataset")["hash"])
         self.place = space.add(self.dataset)
         super().__init__(
-            splits=SPLITS,
-            num_input_examples={split: len(self.users(split)) for split in SPLITS},
+            splits=tuple(splits),
+            num_input_examples={split: len(self.users(split)) for split in splits},
             caching_permitted=True,
         )
 

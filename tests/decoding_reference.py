@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calrec_jax import artifacts
 from calrec_jax.decode.prefix import Batch
 from calrec_jax.decode.prompts import user_keys
 from calrec_jax.models.transformer import Transformer, TransformerConfig
+from calrec_jax.train import checkpoints as ckpt
 
 EOS = 1
 _LENGTH = 48  # one program for all references
@@ -62,3 +64,23 @@ def batch_of(prompts: list[list[int]], length: int, users: list[str] | None = No
     tokens, lengths = padded(prompts, length)
     names = users or [str(i) for i in range(len(prompts))]
     return Batch(tokens, lengths.astype(np.int32), user_keys(names, seed), np.arange(len(prompts)))
+
+
+def write_stage(stage, small_run, model: Transformer, params: dict, *, max_target_tokens: int = 24, made_from=None):
+    """A finished stage with these parameters, as `train` leaves one."""
+    with ckpt.manager(stage) as checkpoints:
+        ckpt.save(checkpoints, 0, {"params": params}, 1.0)
+        checkpoints.wait_until_finished()
+    facts = {
+        "tokenizer": small_run.tokenizer.fingerprint,
+        "template": small_run.datasets[0].template,
+        "datasets": [dataset.hash for dataset in small_run.datasets],
+        "vocab_size": small_run.tokenizer.vocab_size,
+        "max_history_tokens": 64,  # prompts of one length to compile for
+        "max_target_tokens": max_target_tokens,
+        "row_tokens": 128,
+    }
+    ckpt.write_facts(stage, model.config, facts)
+    outcome = {"best_step": 0, "last_step": 0, "best_validation_loss": 1.0}
+    artifacts.write_manifest(stage, kind="checkpoint", made_from=made_from or {}, settings={}, **outcome)
+    return stage

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import seqio
-from decoding_reference import tiny_model
+from decoding_reference import tiny_model, write_stage
 
 from calrec_jax import artifacts, tasks
 from calrec_jax.decode.run import decode
@@ -17,7 +17,6 @@ from calrec_jax.features import CalrecFeatureConverter
 from calrec_jax.integrations.seqio_eval import eval_tasks
 from calrec_jax.rank.run import rank
 from calrec_jax.tasks.metrics import RankingMetrics, Target
-from calrec_jax.train import checkpoints as ckpt
 
 MAX_TARGET = 24
 BINDINGS = [
@@ -66,23 +65,8 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(small_run, tmp_path_factory):
     """A stage with random parameters."""
-    stage = tmp_path_factory.mktemp("stage")
     model, params = tiny_model(small_run.tokenizer.vocab_size)
-    with ckpt.manager(stage) as checkpoints:
-        ckpt.save(checkpoints, 0, {"params": params}, 1.0)
-        checkpoints.wait_until_finished()
-    facts = {
-        "tokenizer": small_run.tokenizer.fingerprint,
-        "template": small_run.datasets[0].template,
-        "datasets": [dataset.hash for dataset in small_run.datasets],
-        "vocab_size": small_run.tokenizer.vocab_size,
-        "max_history_tokens": 64,  # prompts of one length to compile for
-        "max_target_tokens": MAX_TARGET,
-        "row_tokens": 128,
-    }
-    ckpt.write_facts(stage, model.config, facts)
-    artifacts.write_manifest(stage, kind="checkpoint", made_from={}, settings={})
-    return stage
+    return write_stage(tmp_path_factory.mktemp("stage"), small_run, model, params, max_target_tokens=MAX_TARGET)
 
 
 @pytest.fixture(scope="module")

@@ -157,8 +157,9 @@ def readme(card: Mapping[str, Any], use: str) -> str:
     lines += [f"license: {card['licence']}"] if card["licence"] else []
     lines += ["tags: [recommendation]", "---", "", "# A CALRec model", ""]
     lines += [
-        f"It reads a user's purchases as text and writes the next item ([Li et al., 2024]({card['method']})): a decoder "
-        f"of {card['parameters']:,} parameters, stage `{card['exported']['stage']}`, step {card['exported']['step']}.",
+        "It reads a user's purchases as text and writes the next item "
+        f"([Li et al., 2024]({card['method']})): a decoder of {card['parameters']:,} parameters, stage "
+        f"`{card['exported']['stage']}`, step {card['exported']['step']}.",
         "",
         use.strip(),
         "",

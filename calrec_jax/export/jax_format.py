@@ -45,6 +45,7 @@ def write_jax(folder: pathlib.Path, functions: Mapping[str, Function], params: A
     """
     flat = flat_params(params)
     safetensors.numpy.save_file(flat, folder / PARAMS_FILE)
+    (folder / PARAMS_FILE).chmod(0o644)  # it writes for the owner alone
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in flat.items()}
     for name, function in functions.items():
         exported = jax.export.export(jax.jit(_over_flat(function)), platforms=tuple(platforms))(
