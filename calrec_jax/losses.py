@@ -116,7 +116,7 @@ def weighted_token_loss(
 
 
 def _by_device(function, rows: NamedSharding | None, results: int):
-    """`function(hidden, embedding, targets, weights, chunk, soft_cap)` on each device's own rows; its sums are over all of them.
+    """`function`, of the arguments of `weighted_token_loss`, on each device's own rows; its sums are over all of them.
 
     Left to the partitioner, the loop over chunks sums the table's gradient over all devices at every turn. The mesh's
     other axes, over which the table may be split, stay the partitioner's.

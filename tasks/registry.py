@@ -110,7 +110,7 @@ def _register(
     task: str,
     suffix: str,
     folder: pathlib.Path,
-    vocabulary: CalrecVocabulary,
+    vocabulary: seqio.Vocabulary,
     identity: tuple[str, str, int],
     metric_fns: Sequence[Callable[..., Any]],
 ) -> None:

@@ -146,7 +146,8 @@ class Block(nn.Module):
         if cache is None:
             mixed = attention_kernels.packed_attention(
                 query, key, value, context["segment_ids"], c.attention_block,
-                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap, setting=self._attention(keep_kv), rows=self.rows,
+                window=c.sliding_window, local=local, soft_cap=c.attention_soft_cap,
+                setting=self._attention(keep_kv), rows=self.rows,
             )  # fmt: skip
             kv = attention.decoding_layout(key, value) if keep_kv else None
         else:

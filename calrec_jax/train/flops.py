@@ -59,7 +59,7 @@ def step_flops(config: TransformerConfig, batching: Batching, *, splash: bool = 
 
 
 def _windows(c: TransformerConfig, length: int) -> list[int | None]:
-    """Of each layer, the window that its attention is computed with; None where it computes all that causality allows."""
+    """Of each layer, the window that its attention is computed with; None where that is all causality allows."""
     if c.scan_layers and len({*c.local_layers}) > 1:  # one body for both kinds: it computes what global ones do
         return [None] * c.num_layers
     return [c.sliding_window if local and (c.sliding_window or 0) < length else None for local in c.local_layers]
