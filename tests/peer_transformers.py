@@ -1,6 +1,7 @@
 """What transformers makes of folders; run by a Python that has it: `python peer_transformers.py request.json out.npz`.
 
-The request: {"folders": {name: path}, "tokens": npz of name → [B, L], "steps": N, "texts": [...]}.
+The request: {"folders": {name: path}, "tokens": npz of name → [B, L], "steps": N, "texts": [...],
+"save": {name: path}}, folders that transformers writes of a model.
 """
 
 import json
@@ -30,6 +31,9 @@ def main(request_path, out_path):
         results[f"{name}/greedy"] = out[:, ids.shape[1] :].numpy()
         results[f"{name}/class"] = np.array(type(model).__name__)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if name in request["save"]:
+            model.save_pretrained(request["save"][name], max_shard_size="40KB")
+            tokenizer.save_pretrained(request["save"][name])
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["texts"]]
         results[f"{name}/ids"] = np.concatenate(rows)
         results[f"{name}/lengths"] = np.array([len(row) for row in rows])

@@ -45,6 +45,7 @@ def peers(tmp_path_factory):
         tokens |= {name: rows, f"{name}-exported": rows}
     np.savez(root / "tokens.npz", **tokens)
     request = {"folders": folders, "tokens": str(root / "tokens.npz"), "steps": STEPS, "texts": hf_folders.TITLES}
+    request["save"] = {name: str(root / f"{name}-saved") for name in NAMES}
     artifacts.write_json(root / "request.json", request)
     script = pathlib.Path(__file__).with_name("peer_transformers.py")
     command = [PYTHON, str(script), str(root / "request.json"), str(root / "out.npz")]
@@ -75,6 +76,10 @@ def test_logits_greedy_texts_and_ids_equal_transformers(peers, name):
     prompt = Batch(
         tokens[name], np.full(len(place), LENGTH, np.int32), np.zeros((len(place), 2), np.uint32), np.arange(len(place))
     )
+    saved = import_hf(root / f"{name}-saved", root / f"{name}-saved-imported")  # as transformers of today writes it
+    again = load_checkpoint(saved)
+    assert again[0] == config
+    jax.tree.map(np.testing.assert_array_equal, again[1], params)
     greedy = sampler(prompt).tokens[:, 0]
     ids = Tokenizer.load(root / f"{name}-imported" / "tokenizer").encode_many(hf_folders.TITLES)
     for direction in (name, f"{name}-exported"):

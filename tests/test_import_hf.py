@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import flax.linen as nn
@@ -238,6 +241,33 @@ def test_the_host_holds_one_tensor_and_one_shard(tmp_path):
     assert peak < 4 * largest + 2**21, (
         "the tensor in bfloat16, its shard in float32 of twice the bytes, and small change"
     )
+
+
+MESH = """
+import pathlib, sys
+from calrec_jax.pretrained import import_hf as importing, reader
+from calrec_jax.pretrained.tensors import leaves
+folder, out = map(pathlib.Path, sys.argv[1:])
+described = importing.read_config(folder)
+with reader.opened(folder) as tensors:
+    wanted = list(leaves(described.config, described.vocab_size))
+    params = importing.load_parameters(tensors, wanted, "model.", described, (1, 1, 2, 2))
+layers = params["layers"]
+for x, part in ((params["embedding"], (256, 12)), (layers["query"]["kernel"], (5, 12, 2, 10)),
+                (layers["down"]["kernel"], (5, 20, 12)), (layers["key_norm"]["scale"], (5, 10))):
+    assert {s.data.shape for s in x.addressable_shards} == {part}, (x.shape, part)
+    assert len(x.addressable_shards) == 4
+importing.import_hf(folder, out, (1, 1, 2, 2))
+"""
+
+
+def test_parameters_are_laid_over_a_mesh_as_they_are_read(imported, tmp_path):
+    folder, _, out = imported("gemma3")
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", MESH, str(folder), str(tmp_path / "mesh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "mesh")[1], load_checkpoint(out)[1])
 
 
 class Folder:

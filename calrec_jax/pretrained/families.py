@@ -130,8 +130,9 @@ def from_hf(config: Json, where: str) -> Described:
         if not isinstance(config.get("text_config"), Mapping):
             raise CalrecError(f"{where}: text_config is missing; a gemma3 file has the text model's sizes there")
         text = {"model_type": "gemma3_text"} | dict(config["text_config"])
-        for name in ("auto_map", "quantization_config"):
-            text.setdefault(name, config.get(name))
+        for name in ("auto_map", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if config.get(name) is not None:  # these may stand outside
+                text.setdefault(name, config[name])
     family = FAMILIES.get(str(text.get("model_type")))
     if family is None:
         known = ", ".join(f"{f.model_type} ({f.title})" for f in FAMILIES.values())

@@ -172,9 +172,8 @@ class JsonTokenizer(ImportedTokenizer):
 
     def _last_id(self) -> int:
         added = self._library.get_added_tokens_decoder()
-        texts = [i for i, token in added.items() if not token.special]
-        own = self._library.get_vocab(with_added_tokens=False).values()
-        return max(*own, *texts) if texts else max(own)
+        texts = (i for i, token in added.items() if not token.special)
+        return max(itertools.chain(self._library.get_vocab(with_added_tokens=False).values(), texts), default=-1)
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]

@@ -67,10 +67,10 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, validation_l
 
 
 def save_parameters(stage: Path, params: Any) -> None:
-    """Saves parameters alone as step 0, one after the other, so that the host holds no more than the largest."""
+    """Saves parameters alone as step 0, one after the other: the host holds no more than the largest of them."""
     most = max(sum(shard.data.nbytes for shard in x.addressable_shards) for x in jax.tree.leaves(params))
     limit = 1.01 * most / 1e9  # orbax counts in GB
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, save_device_host_concurrent_gb=limit)  # type: ignore[arg-type]
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, save_device_host_concurrent_gb=limit)
     with (
         artifacts.disk_errors(stage),
         ocp.CheckpointManager((stage / "checkpoints").absolute(), item_handlers=handler) as checkpoints,
