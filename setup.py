@@ -56,7 +56,7 @@ EXTRAS = {
         "setuptools>=77",
         "tensorboard",
     ],
-    "bench": ["ranx", "torch", "transformers"],
+    "bench": ["rank-bm25", "ranx", "torch", "transformers"],
 }
 
 setuptools.setup(

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from ranking_data import make_dataset
+from ranking_data import completion_rows, make_dataset, write_completions
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
@@ -85,6 +85,25 @@ def test_fitted_weights_rank_the_test_split_and_stand_in_the_manifest(rankings, 
     }
     same = rank(rankings / "test-given", dataset, None, source="fusion", fuse=manifest["weights"])
     assert (out / "part-00000.parquet").read_bytes() == (same / "part-00000.parquet").read_bytes()
+
+
+def test_weights_are_fitted_on_the_users_whom_all_validation_rankings_list(tmp_path, rankings, dataset):
+    rows = completion_rows(dataset)
+    for split, some in (("validation", rows[4:15]), ("test", rows)):
+        (tmp_path / f"{split}-popularity").symlink_to(rankings / f"{split}-popularity")
+        written = write_completions(tmp_path / split, dataset, some, split=split)
+        rank(tmp_path / f"{split}-texts", dataset, written, split=split, missing="skip")
+    out = rank(
+        tmp_path / "test-fit", dataset, None, source="fusion", fuse={"popularity": 1, "texts": 1}, fuse_weights="fit"
+    )
+    manifest = artifacts.read_manifest(out, kind="ranking")
+    readers = {name: RankingReader(tmp_path / f"validation-{name}", dataset) for name in ("popularity", "texts")}
+    users = np.sort(readers["texts"].users)
+    assert manifest["fit_users"] == len(users) == 11 and manifest["users"] == len(dataset.user_ids)
+    candidates = fitting.gather(readers, users, Histories(dataset, "validation").targets[users])
+    weights, value = fitting.fit(candidates, np.ones(2))
+    assert manifest["weights"] == dict(zip(readers, weights.tolist(), strict=True))
+    assert manifest["fit_ndcg@10"] == value
 
 
 def test_weights_are_never_fitted_on_test_rankings(tmp_path, rankings, dataset):

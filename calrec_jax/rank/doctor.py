@@ -13,7 +13,7 @@ import numpy as np
 
 from calrec_jax.rank.bm25 import BM25Index
 
-_SCORES_A_BLOCK = 2**24
+_TEXTS_A_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,9 @@ class TextHealth:
 
 def _first_choices(index: BM25Index, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """The best items of each text: all that tie, none where nothing matches."""
-    block = max(1, _SCORES_A_BLOCK // index.num_items)
-    for at in range(0, len(texts), block):
-        for scores in index.scores(texts[at : at + block]):
-            top = scores.max()
-            yield np.flatnonzero(scores == top) if top > 0 else np.zeros(0, np.int64)
+    for at in range(0, len(texts), _TEXTS_A_BLOCK):
+        items, _, ends = index.best(texts[at : at + _TEXTS_A_BLOCK], 1)
+        yield from np.split(items, ends[1:-1])
 
 
 def _shared(keys: Sequence[object]) -> int:
