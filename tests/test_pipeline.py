@@ -9,6 +9,7 @@ import types
 import gin
 import pytest
 
+import calrec_jax.rank.histories  # noqa: F401  # first, while `data.dataset` is the real one
 from calrec_jax import artifacts, config, pipeline
 from calrec_jax.errors import CalrecError
 from calrec_jax.layout import RunLayout
