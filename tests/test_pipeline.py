@@ -9,7 +9,9 @@ import types
 import gin
 import pytest
 
-import calrec_jax.rank.histories  # noqa: F401  # first, while `data.dataset` is the real one
+# First, while the modules that they read from are the real ones.
+import calrec_jax.pretrained.tokenizer
+import calrec_jax.rank.histories  # noqa: F401
 from calrec_jax import artifacts, config, pipeline
 from calrec_jax.errors import CalrecError
 from calrec_jax.layout import RunLayout
