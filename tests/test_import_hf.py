@@ -110,8 +110,9 @@ def test_decoding_equals_the_reference_past_the_window(imported, name):
     np.testing.assert_allclose(apply("logits", behind), expected[:, 6:], atol=3e-4)
 
 
-def test_greedy_samples_equal_the_reference(imported):
-    """The sampler itself, at next to no temperature, over windows shorter than prompt and completion."""
+def test_greedy_samples_and_a_beam_of_one_equal_the_reference(imported):
+    """The decoders themselves, at next to no temperature, over windows shorter than prompt and completion."""
+    from calrec_jax.decode.beam import BeamSearch
     from calrec_jax.decode.prefix import Batch
     from calrec_jax.decode.sampling import Sampler
 
@@ -124,13 +125,17 @@ def test_greedy_samples_equal_the_reference(imported):
         max_new_tokens=steps, batch_users=2,
     )  # fmt: skip
     prompts = tokens[:, :12] * (np.arange(12) < lengths[:, None])
-    done = sampler(Batch(prompts.astype(np.int32), lengths, np.arange(4, dtype=np.uint32).reshape(2, 2), np.arange(2)))
+    batch = Batch(prompts.astype(np.int32), lengths, np.arange(4, dtype=np.uint32).reshape(2, 2), np.arange(2))
+    done = sampler(batch)
+    model = Transformer(config, facts["vocab_size"])
+    beam = BeamSearch(model, params, eos_id=1, num_beams=1, max_new_tokens=steps, batch_users=2)(batch)
     for user in range(2):
         text = list(tokens[user, : lengths[user]])
         for _ in range(int(done.num_tokens[user, 0])):
             text.append(int(reference("gemma3", tensors, text)[-1].argmax()))
         for sample in range(2):
             assert done.tokens[user, sample, : done.num_tokens[user, 0]].tolist() == text[lengths[user] :]
+        assert beam.tokens[user, 0, : beam.num_tokens[user, 0]].tolist() == text[lengths[user] :]
     assert done.num_tokens.max() > 12, "longer than two windows"
 
 
