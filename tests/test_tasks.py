@@ -1,6 +1,10 @@
 """SeqIO tasks and mixtures: examples equal to those of the trainer, and what users of SeqIO do with them."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -191,3 +195,73 @@ def test_mistakes_are_named(small_run, names, tmp_path):
     shorter = tasks.register_dataset(small_run.folders[1], small_run.tokenizer_folder, name="s", max_target_tokens=20)
     with pytest.raises(CalrecError, match="different tokenizers or max_target_tokens"):
         tasks.register_mixture("m", [names[0], shorter])
+
+
+def test_every_dataset_of_a_run_is_registered(small_run, registries, tmp_path, monkeypatch):
+    """Three tasks a dataset and the mixture of stage I, by a function and by a module's import."""
+    kept = dict(seqio.TaskRegistry._REGISTRY), dict(seqio.MixtureRegistry._REGISTRY)
+    for known in (seqio.TaskRegistry._REGISTRY, seqio.MixtureRegistry._REGISTRY):
+        known.clear()
+    try:
+        with pytest.raises(CalrecError, match="has no datasets; run `calrec prepare`"):
+            tasks.register_run(tmp_path)
+        (tmp_path / "datasets").mkdir()
+        for folder in small_run.folders:
+            (tmp_path / "datasets" / folder.name).symlink_to(folder)
+        (tmp_path / "tokenizer").symlink_to(small_run.tokenizer_folder)
+        (tmp_path / "stage1").mkdir()
+        (tmp_path / "stage1" / "model.json").write_text(json.dumps({"max_target_tokens": MAX_TARGET}))
+        monkeypatch.setenv("CALREC_RUN_DIR", str(tmp_path))
+        module = importlib.import_module("calrec_jax.tasks.run_folder")
+        importlib.reload(module)
+        assert module.NAMES == ["calrec_Office", "calrec_Tools"] == tasks.register_run(tmp_path)
+        train, evaluation = (seqio.TaskRegistry.get(f"calrec_Tools_{kind}") for kind in ("train", "eval"))
+        assert train.splits == ("train", "validation") and evaluation.splits == ("validation", "test")
+        assert not train.metric_fns and len(evaluation.metric_fns) == 1
+        whole = read("calrec_Tools", "validation")
+        for name in ("calrec_Tools_train", "calrec_Tools_eval"):
+            for one, other in zip(whole, read(name, "validation"), strict=True):
+                np.testing.assert_equal(one, other)
+        assert max(len(example["targets"]) for example in whole) == MAX_TARGET, "the stage's limit"
+        mixture = seqio.MixtureRegistry.get("calrec_stage1")
+        assert sorted(task.name for task in mixture.tasks) == ["calrec_Office_train", "calrec_Tools_train"]
+        np.testing.assert_allclose(mixture.get_rate(train), 23**0.3)
+        (tmp_path / "stage2").mkdir()
+        (tmp_path / "stage2" / "model.json").write_text(json.dumps({"max_target_tokens": 20}))
+        with pytest.raises(CalrecError, match=r"its stages have max_target_tokens \[20, 24\]"):
+            tasks.register_run(tmp_path)
+        monkeypatch.delenv("CALREC_RUN_DIR")
+        with pytest.raises(CalrecError, match="CALREC_RUN_DIR is not set"):
+            importlib.reload(module)
+    finally:
+        for known, before in zip((seqio.TaskRegistry._REGISTRY, seqio.MixtureRegistry._REGISTRY), kept, strict=True):
+            known.clear()
+            known.update(before)
+
+
+def test_seqio_cache_tasks_with_beam(small_run, names, tmp_path):
+    """SeqIO's own command in a process of its own, then the task read from what it wrote."""
+    pytest.importorskip("apache_beam", reason="the extra [beam] is not installed")
+    run = tmp_path / "run"
+    (run / "datasets").mkdir(parents=True)
+    (run / "datasets" / "Tools").symlink_to(small_run.folders[0])
+    (run / "tokenizer").symlink_to(small_run.tokenizer_folder)
+    (run / "stage1").mkdir()
+    (run / "stage1" / "model.json").write_text(json.dumps({"max_target_tokens": MAX_TARGET}))
+    command = [
+        sys.executable, "-m", "seqio.scripts.cache_tasks_main", "--module_import=calrec_jax.tasks.run_folder",
+        "--tasks=calrec_Tools_eval", f"--output_cache_dir={tmp_path / 'cache'}", "--min_shards=2",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | {"CALREC_RUN_DIR": str(run)}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seqio.set_global_cache_dirs([str(tmp_path / "cache")])
+    try:
+        cached = read(f"{names[0]}_eval", "test", use_cached=True)
+    finally:
+        seqio.set_global_cache_dirs([])
+    fresh = {int(example["target_user"]): example for example in read(f"{names[0]}_eval", "test")}
+    assert len(cached) == len(fresh), "Beam shuffles, and loses nothing"
+    for example in cached:
+        np.testing.assert_equal(example, fresh[int(example["target_user"])])
