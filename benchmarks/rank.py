@@ -25,6 +25,7 @@ from catalogue import make_catalogue, make_strings
 from calrec_jax.rank.bm25 import BM25Index
 from calrec_jax.rank.first_places import FirstPlaces
 from calrec_jax.rank.round_robin import RoundRobin
+from calrec_jax.rank.sources import Tower
 from calrec_jax.rank.user_texts import UserTexts
 
 K, DEPTH, A_USER = 10, 1000, 32
@@ -90,6 +91,18 @@ def rank_users(index, strings):
     return seconds / len(own.texts), seconds / users, ranker.num_long
 
 
+def tower_users(num_items, users=256, size=128):
+    """Seconds by the clock a user of a tower's lists to `DEPTH`; products run on all cores."""
+    rng = np.random.default_rng(0)
+    items = rng.standard_normal((num_items, size), np.float32)
+    tower = Tower(rng.standard_normal((users, size), np.float32), items)
+    none = np.zeros(0, np.int64)
+    tower.first(np.arange(2), DEPTH, none, none)
+    begin = time.perf_counter()
+    tower.first(np.arange(users), DEPTH, none, none)
+    return (time.perf_counter() - begin) / users
+
+
 def measure(num_items, num_strings):
     texts = make_catalogue(num_items)
     strings = make_strings(texts, num_strings)
@@ -118,6 +131,8 @@ def measure(num_items, num_strings):
         print(
             f"  first {DEPTH:,}  {a_string * 1e6:9.1f} µs a string, {a_user * 1e3:.1f} ms a user, {long} the long way"
         )
+        seconds = tower_users(num_items)
+        print(f"  tower, lists of {DEPTH:,}: {seconds * 1e3:.1f} ms a user by the clock")
     expected = (all_postings(index, strings[at : at + BLOCK]) for at in range(0, num_strings, BLOCK))
     differ = differing(pruned, [one for block in expected for one in block])
     print(f"  {differ} of {num_strings:,} pruned results differ from all postings", flush=True)

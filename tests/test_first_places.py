@@ -80,10 +80,8 @@ def test_first_places_are_those_of_all_scores(texts, depth, settings):
     assert short.num_scored == len(own.texts) < len(own.codes)  # each distinct text once
 
 
-def test_long_lists_are_left_to_the_scores(texts):
-    short = FirstPlaces(RoundRobin(BM25Index(texts), UserTexts.of(*completions(texts, 0))))
-    none = np.zeros(0, np.int64)
-    assert short.first(np.arange(3), NUM_ITEMS // 2, none, none) is None
+def test_which_lists_are_short():
+    assert sources.is_short(10, 40) and not sources.is_short(11, 40)
 
 
 @pytest.mark.parametrize("secondary", [None, "shared", "own"])
@@ -121,7 +119,6 @@ def test_the_tower_multiplies_the_catalogue_in_blocks(monkeypatch, with_populari
     for size in (7, 64, 1000):
         monkeypatch.setattr(sources, "ITEMS_A_BLOCK", size)
         assert_same(tower.first(users, 11, rows, left_out), expected)
-    assert tower.first(users, NUM_ITEMS, rows, left_out) is None
     everything = np.repeat(np.arange(4), NUM_ITEMS), np.tile(np.arange(NUM_ITEMS), 4)
     assert_same(tower.first(users, 11, *everything), whole_order(tower.scores(users).leave_out(*everything), 11))
 

@@ -451,3 +451,19 @@ def test_a_fusion_of_a_part_of_the_users(tmp_path, dataset, rows):
         rank(tmp_path / "test-c", dataset, None, source="fusion", fuse=fuse)
     out = rank(tmp_path / "test-d", dataset, None, source="fusion", fuse=fuse, missing="skip")
     assert set(read(out)) == {row["user_id"] for row in rows[:7]}
+
+
+def test_choices_that_the_paper_leaves_open_are_settings_of_the_ranking(tmp_path, dataset, completions):
+    plain = rank(tmp_path / "plain", dataset, completions)
+    with gin.unlock_config():
+        gin.bind_parameter("RoundRobinConfig.scaling", "none")
+    try:
+        with pytest.raises(CalrecError, match="round_robin"):
+            rank(tmp_path / "plain", dataset, completions)
+        out = rank(tmp_path / "other", dataset, completions)
+    finally:
+        gin.clear_config()
+    assert artifacts.read_manifest(out, kind="ranking")["settings"]["round_robin"]["scaling"] == "none"
+    assert (
+        max(row["scores"][0] for row in read(plain).values()) <= 1 < max(row["scores"][0] for row in read(out).values())
+    )

@@ -16,7 +16,6 @@ from calrec_jax.compiled import compiled
 from calrec_jax.rank.ordering import Ordered, Scores, order
 from calrec_jax.rank.round_robin import SCALINGS, RoundRobin, above, span_of
 
-_SHORT = 4  # a list is short where the catalogue is this many times as long
 SPARE_PLACES = 64  # for items of a user that are left out
 _MOST_HELD = 2**26  # items of texts that wait to be used again
 
@@ -51,8 +50,8 @@ class FirstPlaces:
         """See `sources.Source`."""
         return self._round_robin.scores(users)
 
-    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
-        """Ranks a block of users; None where lists are not much shorter than the catalogue (see `sources.LeftOut`).
+    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered:
+        """Ranks a block of users (see `sources.LeftOut`).
 
         Args:
           users: [B] rows of the user texts; ask for each user once, or texts are looked up again.
@@ -60,8 +59,6 @@ class FirstPlaces:
           rows: of items that are left out, places in `users`, ascending.
           items: of the same, which.
         """
-        if depth * _SHORT > self._index.num_items:
-            return None
         if depth != self._depth:
             self._depth, self._held = depth, {}
         own = [self._texts.of_user(user) for user in users]

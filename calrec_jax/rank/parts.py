@@ -38,15 +38,16 @@ class ByUser:
         self._source = source
         self._row_of = np.full(len(dataset.user_ids), -1, np.int64)
         self._row_of[users] = np.arange(len(users))
+        if hasattr(source, "first"):
+            self.first = self._first
 
     def scores(self, users: np.ndarray) -> sources.Scores:
         """See `sources.Source`."""
         return self._source.scores(self._row_of[users])
 
-    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
+    def _first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered:
         """See `sources.LeftOut`."""
-        first = getattr(self._source, "first", None)
-        return None if first is None else first(self._row_of[users], depth, rows, items)
+        return self._source.first(self._row_of[users], depth, rows, items)  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +166,10 @@ def write_lists(
     shard_users: int = USERS_A_SHARD,
 ) -> None:
     """Ranks and writes users, block by block and `shard_users` a shard."""
-    # Blocks shrink with the catalogue: several float64 matrices of a block live at once.
-    block = max(1, min(USERS_A_BLOCK, 2**23 // len(dataset.item_ids)))
+    # Blocks shrink with the catalogue where several float64 matrices of users × items live at once.
+    block = USERS_A_BLOCK
+    if not source.makes_short_lists(depth):
+        block = max(1, min(block, 2**23 // len(dataset.item_ids)))
     for shard, begin in enumerate(range(0, len(users), shard_users), first_shard):
         end = min(begin + shard_users, len(users))
         with RankingWriter(folder, dataset, shard) as writer:

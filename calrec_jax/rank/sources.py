@@ -16,8 +16,12 @@ from calrec_jax.rank.shards import RankingReader
 UNLISTED = -1e9  # below any sum of log-probabilities
 RECIPROCAL_RANK_OFFSET = 60.0  # Cormack, Clarke and Büttcher, SIGIR 2009
 ITEMS_A_BLOCK = 2**16  # of vectors that are multiplied at once
-_SHORT = 4  # a list is short where the catalogue is this many times as long
 LEAVE_OUT = ("none", "last", "all")
+
+
+def is_short(depth: int, num_items: int) -> bool:
+    """Whether the catalogue is so much longer than a list that the list is better made without scoring all of it."""
+    return depth * 4 <= num_items
 
 
 class Source(Protocol):
@@ -32,7 +36,7 @@ class LeftOut:
     """Another source, with items tied at the bottom: the last one of the user's history or all of it, or some of all.
 
     A source that has a method `first(users, depth, rows, items)` makes short lists itself, without scores of the whole
-    catalogue; it may answer None, as for lists that are not short.
+    catalogue (`is_short` says which lists are).
     """
 
     def __init__(self, source: Source, histories: Histories, which: str, everyone: np.ndarray | None = None):
@@ -57,9 +61,13 @@ class LeftOut:
 
     def lists(self, users: np.ndarray, depth: int) -> Ordered:
         """Ranked lists of `users` ([B] rows of the dataset)."""
-        first = getattr(self.source, "first", None)
-        lists = first(users, depth, *self._items(users)) if first is not None else None
-        return order(self.scores(users), depth) if lists is None else lists
+        if self.makes_short_lists(depth):
+            return self.source.first(users, depth, *self._items(users))  # type: ignore[attr-defined]
+        return order(self.scores(users), depth)
+
+    def makes_short_lists(self, depth: int) -> bool:
+        """Whether lists are made without a matrix of users × items."""
+        return hasattr(self.source, "first") and is_short(depth, self.histories.num_items)
 
     def _items(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in `users`, ascending, and the items they leave out."""
@@ -96,11 +104,9 @@ class Tower:
         # Rounded from float64, so that items with equal vectors tie whatever order the product is summed in.
         return (self.users[users].astype(np.float64) @ self.items[block].astype(np.float64).T).astype(np.float32)
 
-    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered | None:
+    def first(self, users: np.ndarray, depth: int, rows: np.ndarray, items: np.ndarray) -> Ordered:
         """See `LeftOut`: the catalogue is multiplied block by block, and of each user the best so far are kept."""
         num_items = len(self.items)
-        if depth * _SHORT > num_items:
-            return None
         limits = np.full(len(users), -np.inf, np.float32)
         kept: list[list[np.ndarray]] = [[] for _ in users]
         values: list[list[np.ndarray]] = [[] for _ in users]
