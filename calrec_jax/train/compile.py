@@ -70,8 +70,7 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
     """
     with gin.config_scope(stage):
         bound = gin.get_bindings("train")
-        default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
-        vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
+        vocab_size = bound_vocab_size()
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))
         report = compile_step(
             mesh,
@@ -86,6 +85,12 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1) -> StepReport:
     if report.memory.fits is False:
         raise CalrecError(f"{stage} does not fit {topology}: {report.memory}. {WAYS_OUT}")
     return report
+
+
+def bound_vocab_size() -> int:
+    """V, as gin has bound it for the tokenizer."""
+    default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
+    return int(gin.get_bindings("vocab").get("vocab_size", default))
 
 
 def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:
