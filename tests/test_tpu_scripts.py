@@ -40,7 +40,7 @@ def printed(script, *arguments):
 
 
 def test_all_scripts_are_known_here():
-    assert SCRIPTS == sorted(NAMED)
+    assert sorted(NAMED) == SCRIPTS
 
 
 def test_create_asks_for_one_slice_or_several():
