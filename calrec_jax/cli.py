@@ -262,10 +262,18 @@ def _run_line(line: Line, arguments: argparse.Namespace) -> None:
 
 
 def _compile(line: Line, arguments: argparse.Namespace) -> None:
-    from calrec_jax.train.compile import compile_stage
+    from calrec_jax.train.compile import bound_vocab_size, compile_stage, make_mesh
 
-    for stage in [arguments.stage] if arguments.stage is not None else line.stages:
-        compile_stage(stage, arguments.topology, arguments.num_slices, line.init_from)
+    if arguments.name is None:
+        for stage in [arguments.stage] if arguments.stage is not None else line.stages:
+            compile_stage(stage, arguments.topology, arguments.num_slices, line.init_from)
+    if arguments.stage is not None:
+        return
+    from calrec_jax.decode.compile import compile_decode
+
+    mesh = make_mesh(arguments.topology, 1)
+    for name in [arguments.name] if arguments.name is not None else line.decodes:
+        compile_decode(name, mesh, bound_vocab_size(line.init_from), arguments.items)
 
 
 def _quickstart(line: Line, arguments: argparse.Namespace) -> None:
@@ -414,11 +422,13 @@ _VERBS = {
     "run": _Verb(_run_line, "all of the above but eval_tasks and export, in a row", f"run {_RUN}", split=_SPLIT),
     "compile": _Verb(
         _compile,
-        "a stage's training step → does it fit a TPU slice, with no TPU here",
+        "training and decoding steps → do they fit a TPU slice, with no TPU here",
         "compile --gin_file=runs/quickstart.gin --run_dir=none --topology=v5e:4x4",
         topology={"required": True, "metavar": "NAME", "help": "of the slice, e.g. v5e:16x16, v4:8x8x8, v6e:8x8"},
         num_slices={"type": int, "default": 1, "metavar": "N", "help": "slices joined by the data centre's network"},
         stage={"help": "only this one: stage1 or stage2"},
+        name={"help": "only this one of run.decodes"},
+        items={"type": int, "default": 10_000, "metavar": "I", "help": "of a constrained decode's made-up catalogue"},
     ),
     "download": _Verb(
         None,

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
+import gin
 import jax
 import numpy as np
 import pytest
 
+from calrec_jax.decode.compile import compile_decode
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import LossConfig
 from calrec_jax.models.transformer import TransformerConfig
@@ -71,6 +74,46 @@ def test_a_batch_that_does_not_divide_is_named():
         compiling.compile_step(mesh, SMALL, LossConfig(), OptimizerConfig(), batching, 50, 10)
 
 
+DECODES = """
+TransformerConfig.embed_dim = 16
+TransformerConfig.num_layers = 2
+TransformerConfig.num_heads = 2
+TransformerConfig.num_kv_heads = 1
+TransformerConfig.mlp_dim = 24
+Batching.max_history_tokens = 48
+Batching.max_target_tokens = 8
+decode.batch_users = 16
+some/decode.num_samples = 2
+some/decode.live_share = 1.0
+items/decode.mode = "constrained_beam"
+items/decode.num_beams = 3
+alone/decode.mode = "tower"
+"""
+
+
+def test_decoding_steps_are_compiled_for_one_device(capsys):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), steps.MESH_AXES)
+    weights = 2 * (2 * 16 * 8 * (2 + 1) + 3 * 16 * 24)  # those that a token meets in two layers
+    gin.parse_config(DECODES)
+    try:
+        some = compile_decode("some", mesh, 40)
+        beam = compile_decode("items", mesh, 40, items=200)
+        assert compile_decode("alone", mesh, 40) is None
+    finally:
+        gin.clear_config()
+    assert (some.rows, some.users, some.hbm_limit) == (2 * 16, 16, None)
+    assert (beam.rows, beam.mode) == (3 * 16, "constrained_beam")
+    for report in (some, beam):
+        products = 2 * report.rows * (weights + 40 * 16)
+        attention = 2 * 2 * 2 * report.rows * 2 * 8 * (48 + 2 * 16)
+        rotary = 2 * 2 * report.rows * 3 * 8 * 8
+        assert products < report.flops <= 1.1 * (products + attention + rotary), report
+        assert report.hbm_bytes > 4 * weights
+    said = capsys.readouterr().out
+    assert "compile: some (sample) on one cpu: 16 users with prompts of 48 tokens, 32 rows" in said
+    assert "compile: alone: steps of mode 'tower' are not compiled ahead" in said
+
+
 TPU = """
 import dataclasses, json, sys
 from calrec_jax.losses import LossConfig
@@ -114,3 +157,26 @@ def test_whole_models_compile_for_slices_that_are_not_here(topology, slices, dev
     assert report["devices"] == devices and report["fits"]
     assert 0.9 < report["flops"] / report["analytic_flops"] <= 1.10
     assert report["vocabulary_flops"] > 0 and report["collective_bytes"]["all-gather"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "arguments", "wanted"),
+    [
+        (
+            "paper_stage2",
+            ["--stage=stage2"],
+            ["parameters      999.81 M", "attention       splash", "h for 2,000 steps"],
+        ),
+        ("paper_stage2", ["--name=sample"], ["one TPU v5 lite: 32 users with prompts of 1024 tokens"]),
+        ("scientific_reproduction", ["--name=beam"], ["beam (constrained_beam) on one TPU v5 lite"]),
+    ],
+)
+def test_the_command_compiles_a_run_files_steps(run, arguments, wanted):
+    command = [sys.executable, "-m", "calrec_jax", "compile", f"--gin_file=runs/{run}.gin", "--run_dir=none"]
+    command += ["--gin.DATA_DIR='data'", "--topology=v5e:16x16", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert all(words in done.stdout for words in wanted)
+    assert re.search(r"HBM +[\d.]+ of 16(\.0)? GiB", done.stdout)

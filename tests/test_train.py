@@ -324,6 +324,7 @@ def test_sampled_forced_tokens_have_the_same_expected_weight(small_run):
         ("OptimizerConfig.warmup_fraction", 1.0, "OptimizerConfig.warmup_fraction=1.0"),
         ("train.mesh_shape", (1, 3, 1, 1), "mesh_shape=\\(1, 3, 1, 1\\): must be"),
         ("Batching.row_tokens", 60, "row_tokens=60"),
+        ("Batching.micro_batches", 3, "Batching.batch_rows=4: must divide by the mesh's 1 parts of rows times .*=3"),
     ],
 )
 def test_bad_settings_end_before_step_0(small_run, tmp_path, binding, value, message):
@@ -341,6 +342,19 @@ def test_inputs_that_do_not_belong_together_are_refused(small_run, tmp_path):
         train(tmp_path / "stage1", [small_run.datasets[0], other], small_run.tokenizer)
     with pytest.raises(CalrecError, match="no trained stage there"):
         ckpt.load_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_stage_of_another_tokenizer_is_refused(finished, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(small_run.tokenizer), "fingerprint", "another")
+    with pytest.raises(CalrecError, match="stage1: was trained with another tokenizer; use that one"):
+        train(tmp_path / "stage2", small_run.datasets[:1], small_run.tokenizer, init_from=finished)
+
+
+def test_a_dataset_without_training_examples_is_named(small_run, tmp_path):
+    dataset = small_run.datasets[0]
+    alone = dataclasses.replace(dataset, train_end=np.ones_like(dataset.train_end))
+    with pytest.raises(CalrecError, match="train: no user of Tools has two purchases before the split"):
+        train(tmp_path / "stage1", [alone], small_run.tokenizer)
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):

@@ -79,10 +79,7 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1, init_from: str
             raise CalrecError(
                 "compile: LoraConfig.rank is set, and a step with adapters is not counted yet; set it to 0"
             )
-        default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
-        vocab_size = gin.get_bindings("vocab").get("vocab_size", default)
-        if init_from is not None:
-            vocab_size = read_facts(Path(init_from).expanduser())[1]["vocab_size"]
+        vocab_size = bound_vocab_size(init_from)
         mesh = make_mesh(topology, num_slices, bound.get("mesh_shape"))
         report = compile_step(
             mesh,
@@ -97,6 +94,14 @@ def compile_stage(stage: str, topology: str, num_slices: int = 1, init_from: str
     if report.memory.fits is False:
         raise CalrecError(f"{stage} does not fit {topology}: {report.memory}. {WAYS_OUT}")
     return report
+
+
+def bound_vocab_size(init_from: str | None = None) -> int:
+    """V of the checkpoint that training starts from, where there is one, else as gin has bound it for the tokenizer."""
+    if init_from is not None:
+        return int(read_facts(Path(init_from).expanduser())[1]["vocab_size"])
+    default = inspect.signature(tokenizer.make_tokenizer).parameters["vocab_size"].default
+    return int(gin.get_bindings("vocab").get("vocab_size", default))
 
 
 def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:

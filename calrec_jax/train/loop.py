@@ -198,7 +198,7 @@ def _fit(
         train_step = memory.compiled_within_memory(jitted, state, feed.shapes(), *rest)
         validate = Validation(model, plan.loss, mesh, valid_examples, plan.batching)
         log.start(step, state.params, frozen, stream.examples, stream, plan.batching)
-        log.memory(memory.memory_plan(train_step, state, shardings, mesh.devices.flat[0]))
+        log.memory(memory.memory_plan(train_step, state, shardings, jax.local_devices()[0]))
         with contextlib.closing(feed.batches(step, plan.num_steps)) as batches:
             while step < plan.num_steps and not plan.stops(since_best):
                 profile.before(step, state.step)
