@@ -109,8 +109,9 @@ class Tensors:
         if self.shape(one) != self.shape(other) or self.dtype(one) != self.dtype(other):
             return False
         a, b = self._slice(one), self._slice(other)
-        rows = range(0, self.shape(one)[0], _ROWS)
-        return all(a[i : i + _ROWS].tobytes() == b[i : i + _ROWS].tobytes() for i in rows)
+        count = self.shape(one)[0]
+        parts = (slice(i, min(i + _ROWS, count)) for i in range(0, count, _ROWS))
+        return all(a[part].tobytes() == b[part].tobytes() for part in parts)
 
     def dtypes(self, wanted: Sequence[Leaf], prefix: str) -> dict[str, str]:
         """The type of each tensor, by its name in a folder of a text model."""
