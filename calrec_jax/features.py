@@ -239,7 +239,10 @@ class CalrecFeatureConverter(seqio.FeatureConverter):
 
         ds = ds.map(lambda example: {name: example[name] for name in names}, num_parallel_calls=tf.data.AUTOTUNE)
         windows = ds.ragged_batch(packing.window).enumerate()
-        return windows.map(fill, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+        rows = windows.map(fill, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+        count = int(ds.cardinality())
+        # An example a row: T5X's eval.py asks for the number, which `unbatch` forgets.
+        return rows if self.pack or count < 0 else rows.apply(tf.data.experimental.assert_cardinality(count))
 
     def _rows(self, packing: Packing, number: np.ndarray, *parts: np.ndarray) -> list[np.ndarray]:
         """The filled rows of one window, in the order of `KEYS`."""

@@ -47,7 +47,7 @@ def parts(small_run, registries):
 
 def batches(parts, split, pack, rows):
     config = utils.DatasetConfig(f"{parts[0]}_{'train' if pack else 'eval'}", LENGTHS, split, rows, False, 0, pack=pack)
-    return utils.get_dataset(config, seqio.ShardInfo(0, 1), parts[3].FEATURE_CONVERTER_CLS).as_numpy_iterator()
+    return utils.get_dataset(config, 0, 1, parts[3].FEATURE_CONVERTER_CLS).as_numpy_iterator()
 
 
 def test_parameters_and_axes_are_ours(parts):
