@@ -25,7 +25,7 @@ from calrec_jax.errors import CalrecError
 from calrec_jax.export.functions import Lengths, make_functions
 from calrec_jax.features import CalrecFeatureConverter
 from calrec_jax.losses import LossConfig, calrec_loss
-from calrec_jax.models.transformer import Transformer, TransformerConfig
+from calrec_jax.models.transformer import Transformer, TransformerConfig, vocabulary_table
 from calrec_jax.train.gradients import activations
 from calrec_jax.train.optimizer import OptimizerConfig
 from calrec_jax.vocabularies import CalrecVocabulary
@@ -85,7 +85,7 @@ class CalrecModel(models.BaseTransformerModel):
     ):
         super().__init__(module, vocabulary, vocabulary, optimizer_def)
         self._loss, self._batch_rows, self._seed = loss, batch_rows, seed
-        self._sampling = {"num_samples": num_samples, "temperature": temperature}
+        self._sampling: dict[str, Any] = {"num_samples": num_samples, "temperature": temperature}
         self._max_new_tokens = max_new_tokens
         converter = functools.partial(
             CalrecFeatureConverter,
@@ -139,7 +139,9 @@ class CalrecModel(models.BaseTransformerModel):
 
     def _loss_of(self, params: Any, batch: Batch, dropout_rng: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         hidden = activations(self.module, params, dict(batch), self._dropout(dropout_rng))
-        loss, sums = calrec_loss(hidden, params["embedding"], dict(batch), self._loss)
+        loss, sums = calrec_loss(
+            hidden, vocabulary_table(params), dict(batch), self._loss, self.module.config.logit_soft_cap
+        )
         metrics: dict[str, Any] = {
             name: clu_metrics.Average(total=total, count=sums[f"{name}_weight"])
             for name, total in sums.items()
