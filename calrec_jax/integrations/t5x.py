@@ -85,7 +85,7 @@ class CalrecModel(models.BaseTransformerModel):
     ):
         super().__init__(module, vocabulary, vocabulary, optimizer_def)
         self._loss, self._batch_rows, self._seed = loss, batch_rows, seed
-        self._sampling = {"num_samples": num_samples, "temperature": temperature}
+        self._sampling: dict[str, Any] = {"num_samples": num_samples, "temperature": temperature}
         self._max_new_tokens = max_new_tokens
         converter = functools.partial(
             CalrecFeatureConverter,
@@ -184,7 +184,7 @@ class CalrecModel(models.BaseTransformerModel):
         logits = self._compute_logits(params, batch)
         targets = batch["decoder_target_tokens"]
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-        inside = batch["target_pool"][:, :] > 0
+        inside = batch["target_pool"] > 0
         # The place before the target's first input token predicts it; its last input token predicts EOS.
         predicts = inside | jnp.pad(inside[:, 1:], ((0, 0), (0, 1)))
         return jnp.where(predicts, picked, 0).sum(axis=1)
