@@ -505,9 +505,7 @@ def _parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(
             name,
             help=verb.purpose,
-            description=f"{verb.purpose}. What is done already is skipped; what was interrupted goes on."
-            if verb.call is not None
-            else f"{verb.purpose}.",
+            description=f"{verb.purpose}. {_AGAIN.get(name, _RESUMES if verb.call is not None else '')}".strip(),
             epilog=f"example:\n  {verb.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -521,6 +519,10 @@ def _parser() -> argparse.ArgumentParser:
         for option, settings in verb.options.items():
             one.add_argument(f"--{option}", **settings)
     return parser
+
+
+_RESUMES = "What is done already is skipped; what was interrupted goes on."
+_AGAIN = {"export": "A folder that is there already is refused."}
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

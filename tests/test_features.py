@@ -179,3 +179,12 @@ def test_a_window_that_does_not_hold_together_is_an_error():
     catalogue = dataclasses.replace(window.examples().catalogue, offsets=np.arange(10))
     with pytest.raises(CalrecError, match="the converter's catalogue is not the tasks'"):
         window.examples(catalogue)
+
+
+def test_unpacked_rows_know_their_number(names):
+    """T5X's eval.py asks for it; packed rows cannot know it."""
+    ds = seqio.get_mixture_or_task(names[0]).get_dataset(LENGTHS, split="test", shuffle=False)
+    rows = CalrecFeatureConverter(pack=False, window=7)(ds, LENGTHS)
+    assert len(rows) == 23 == len(list(rows))
+    assert int(CalrecFeatureConverter(pack=True)(ds, LENGTHS).cardinality()) == tf.data.UNKNOWN_CARDINALITY
+    assert int(CalrecFeatureConverter(pack=False)(ds.repeat(), LENGTHS).cardinality()) < 0

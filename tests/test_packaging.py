@@ -158,6 +158,7 @@ ROOMS = """
     artifacts cli config layout losses pipeline quickstart tokenizer
     data.dataset data.examples data.packing data.prepare data.shop
     models.transformer train.loop decode.run rank.run evaluate.run evaluate.report
+    export.run export.functions export.card export.jax_format export.t5x_format
 """
 
 
@@ -165,6 +166,16 @@ def test_rooms_import_without_tensorflow(tmp_path):
     imports = "\n".join(f"import calrec_jax.{room}" for room in ROOMS.split())
     names = '{"tensorflow", "seqio", "tensorflow_text", "t5x", "torch"}'
     python(f"{imports}\nimport sys\nloaded = {names} & set(sys.modules)\nassert not loaded, loaded", cwd=tmp_path)
+
+
+def test_t5x_is_imported_in_one_place():
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("calrec_jax", "tasks")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*(import t5x|from t5x|from calrec_jax.integrations(\.| import )t5x)", path.read_text(), re.M)
+    }
+    assert importers == {"calrec_jax/integrations/t5x.py"}
 
 
 def setup_lists():

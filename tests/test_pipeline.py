@@ -400,3 +400,28 @@ def test_the_layout_is_the_documented_one(tmp_path):
         "baselines/reports/test-sasrec",
         "timing.json",
     ]
+
+
+def test_export_is_given_the_runs_parts(rooms, line, monkeypatch):
+    given = {}
+
+    def export(out, format, origin, dataset, tokenizer):
+        given.update(out=out, format=format, origin=origin, dataset=dataset, tokenizer=tokenizer)
+
+    monkeypatch.setitem(sys.modules, "calrec_jax.export.run", types.SimpleNamespace(export=export))
+    root = pathlib.Path(line.run_dir)
+    line.export("jax")
+    assert (given["out"], given["format"]) == (root / "exports" / "jax", "jax")
+    assert given["origin"].stages == [root / "stage1", root / "stage2"]
+    assert given["origin"].datasets == [root / "datasets" / "Toys", root / "datasets" / "Games"]
+    assert given["origin"].rankings == {
+        "calrec": (root / "rankings" / "test-calrec", root / "completions" / "test-sample"),
+        "beam": (root / "rankings" / "test-beam", root / "completions" / "test-beam"),
+    }
+    assert given["tokenizer"] == root / "tokenizer" and given["dataset"] == f"read {root / 'datasets' / 'Toys'}"
+    line.export("t5x", stage="stage1", out=str(root / "other"))
+    assert given["origin"].stages == [root / "stage1"] and given["out"] == root / "other"
+    with pytest.raises(CalrecError, match="--stage=stage3 is not in run.stages, which has stage1, stage2"):
+        line.export("jax", stage="stage3")
+    with pytest.raises(CalrecError, match="run.stages is empty, so there is no checkpoint to export"):
+        dataclasses.replace(line, stages=()).export("jax")

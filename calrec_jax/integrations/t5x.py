@@ -186,7 +186,7 @@ class CalrecModel(models.BaseTransformerModel):
         logits = self._compute_logits(params, batch)
         targets = batch["decoder_target_tokens"]
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-        inside = batch["target_pool"][:, :] > 0
+        inside = batch["target_pool"] > 0
         # The place before the target's first input token predicts it; its last input token predicts EOS.
         predicts = inside | jnp.pad(inside[:, 1:], ((0, 0), (0, 1)))
         return jnp.where(predicts, picked, 0).sum(axis=1)
