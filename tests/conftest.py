@@ -10,8 +10,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+import gin
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _gin_left_empty():
+    """Bindings and gin's lock are process-wide: a test that loads a run file leaves neither to the next one."""
+    yield
+    gin.clear_config()
 
 
 @dataclasses.dataclass(frozen=True)

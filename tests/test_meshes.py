@@ -155,5 +155,5 @@ def test_a_mesh_of_one_device_changes_no_loss(batch, rows):
     where = None if rows is None else NamedSharding(mesh, rows)
     logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
-    got = weighted_token_loss(hidden, table.astype(jnp.float32), targets, weights, 16, where)
+    got = weighted_token_loss(hidden, table.astype(jnp.float32), targets, weights, 16, rows=where)
     np.testing.assert_allclose(got, (losses * weights).sum(), rtol=1e-5)

@@ -2,7 +2,6 @@
 
 import math
 
-import gin
 import jax
 import jax.numpy as jnp
 import pytest
@@ -29,15 +28,9 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config()
-
-
 def test_every_file_is_listed_here():
     files = {path.stem for path in (config.PACKAGED / "models").glob("*.gin")}
-    assert files - {"baselines", "scientific", "small", "tiny"} == {*MODELS}
+    assert files - {"baselines", "one_billion", "scientific", "small", "tiny"} == {*MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,12 +15,6 @@ from calrec_jax.train.batching import Batching
 RUNS = sorted(path.name for path in (config.PACKAGED / "runs").glob("*.gin"))
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-    yield
-    gin.clear_config()
-
-
 def load(name):
     loaded = config.load([f"runs/{name}"], ["RUN_DIR='run'", "DATA_DIR='data'"])
     line = Line()
