@@ -203,6 +203,15 @@ def test_a_task_with_an_imported_tokenizer_has_the_examples_of_the_trainer(small
     assert got[0]["decoder_input_tokens"][0] == tokenizer.start_id == 2
 
 
+def test_an_export_with_texts_refuses_it(folders):
+    from calrec_jax.export.functions import Lengths
+    from calrec_jax.export.text_inputs import TextInputs
+
+    folder = folders["llama3"][1]
+    with pytest.raises(CalrecError, match=r"text_inputs=True: .* is an imported tokenizer"):
+        TextInputs(folder, Lengths(16, 8, 8), 0)
+
+
 def test_tokenizers_import_no_tensorflow():
     code = "import sys, calrec_jax.pretrained.import_hf, calrec_jax.pretrained.export_hf as e; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

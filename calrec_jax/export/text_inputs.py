@@ -14,8 +14,9 @@ import orbax.export as oex
 import tensorflow as tf
 
 from calrec_jax.data import templates
+from calrec_jax.errors import CalrecError
 from calrec_jax.export.functions import Function, Lengths
-from calrec_jax.vocabularies import CalrecVocabulary, encode_in_graph
+from calrec_jax.vocabularies import CalrecVocabulary, encode_in_graph, load_vocabulary
 
 _HISTORIES = "histories"
 
@@ -27,10 +28,19 @@ class TextInputs:
       folder: of the tokenizer.
       lengths: of the functions.
       start_id: the token before a prompt.
+
+    Raises:
+      CalrecError: the tokenizer was imported; it is no part of a graph that stands alone.
     """
 
     def __init__(self, folder: pathlib.Path, lengths: Lengths, start_id: int):
-        self._vocabulary = CalrecVocabulary(folder)
+        vocabulary = load_vocabulary(folder)
+        if not isinstance(vocabulary, CalrecVocabulary):
+            raise CalrecError(
+                f"export.text_inputs=True: {folder} is an imported tokenizer, which runs outside TensorFlow's graph; "
+                "set it to False and pass token ids"
+            )
+        self._vocabulary = vocabulary
         self._tokenizer = self._vocabulary.tf_tokenizer
         self._lengths = lengths
         encode = self._vocabulary.encode

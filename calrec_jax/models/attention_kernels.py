@@ -200,8 +200,10 @@ _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 7
 
 
-def kernel_flops(name: str, operands: list[tuple[int, ...]]) -> float:
+def kernel_flops(name: str, operands: list[tuple[int, ...]], window: int | None = None) -> float:
     """Operations of a kernel of a compiled step, by its name there and its operands' shapes; 0 for any other call.
+
+    `window` is that of every layer; None also where layers differ, which then count as those that see whole rows.
 
     The first operand of at least three dimensions that ends in [L, C] places is the query, [..., H, L, C].
     """
@@ -209,4 +211,4 @@ def kernel_flops(name: str, operands: list[tuple[int, ...]]) -> float:
     if not products:
         return 0.0
     *rows_and_heads, length, width = next(shape for shape in operands if len(shape) >= 3 and shape[-2] % _LANES == 0)
-    return 2.0 * products * math.prod(rows_and_heads) * width * visited_pairs(length)
+    return 2.0 * products * math.prod(rows_and_heads) * width * visited_pairs(length, window)

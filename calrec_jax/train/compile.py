@@ -7,6 +7,7 @@ the very step that `train` runs, of the shapes that the run file gives; no data,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -158,7 +159,7 @@ def compile_step(
     compiled = compiled_within_memory(step, state, batch_shapes(batching.packing()))
     text = compiled.as_text()
     assert text is not None
-    cost = Program(text, attention_kernels.kernel_flops).cost()
+    cost = Program(text, functools.partial(attention_kernels.kernel_flops, window=_common_window(config))).cost()
     device = mesh.devices.flat[0]
     splash = attention_kernels.takes_splash(config.attention, steps.batch_sharding(mesh), batching.row_tokens)
     turns = max(1, batching.micro_batches)
@@ -174,6 +175,10 @@ def compile_step(
         collective_bytes=dict(cost.collective_bytes),
         vocabulary_collective_bytes=sum(sum(turn.collective_bytes.values()) for turn in cost.dynamic_loops) / turns,
     )
+
+
+def _common_window(config: TransformerConfig) -> int | None:
+    return config.sliding_window if all(config.local_layers) else None
 
 
 def _print(stage: str, topology: str, mesh: Mesh, report: StepReport, num_steps: int | None) -> None:

@@ -46,7 +46,7 @@ def step_flops(config: TransformerConfig, batching: Batching, *, splash: bool = 
     forward, backward = 2, 4
     if splash:
         forward, backward = attention_kernels.FORWARD_PRODUCTS, attention_kernels.BACKWARD_PRODUCTS
-    pairs = sum(_pairs(length, window, c.attention_block, splash) for window in _windows(c, length))
+    pairs = sum(_pairs(length, window, c.attention_block, splash) for window in _windows(c, length, splash))
     per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * f + 2 * w * w * (h + g)
     layers = c.num_layers * rows
     once = layers * length * per_token + rows * forward * pair * pairs
@@ -58,9 +58,11 @@ def step_flops(config: TransformerConfig, batching: Batching, *, splash: bool = 
     return (1 + again) * once + back + recomputed + (2 + again) * pooling + 3 * contrast
 
 
-def _windows(c: TransformerConfig, length: int) -> list[int | None]:
+def _windows(c: TransformerConfig, length: int, splash: bool) -> list[int | None]:
     """Of each layer, the window that its attention is computed with; None where that is all causality allows."""
-    if c.scan_layers and len({*c.local_layers}) > 1:  # one body for both kinds: it computes what global ones do
+    # One scanned body for both kinds computes what global ones do; of the kernel, whose calls are counted by their name
+    # alone, layers that differ count so, too (docs/performance.md).
+    if (c.scan_layers or splash) and len({*c.local_layers}) > 1:
         return [None] * c.num_layers
     return [c.sliding_window if local and (c.sliding_window or 0) < length else None for local in c.local_layers]
 
