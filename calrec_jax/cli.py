@@ -522,7 +522,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _RESUMES = "What is done already is skipped; what was interrupted goes on."
-_AGAIN = {"export": "A folder that is there already is refused."}
+_AGAIN = {"compile": "It writes nothing.", "export": "A folder that is there already is refused."}
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:

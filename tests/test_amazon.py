@@ -189,7 +189,7 @@ def test_a_url_whose_package_is_missing_names_the_extra(tmp_path, monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(CalrecError, match=r"gs://b/X\.json: Please install gcsfs.*pip install 'calrec_jax\[gcs\]'"):
+    with pytest.raises(CalrecError, match=r"gs://b/X\.json: Please install gcsfs.*pip install -e '\.\[gcs\]'"):
         read_files("gs://b/X.json", tmp_path, tmp_path / "q", 0.0)
 
 

@@ -1,7 +1,7 @@
 """Our decoder against transformers, in both directions: logits, greedy texts, token ids.
 
 transformers runs in a process of its own, by the Python that CALREC_PEERS_PYTHON names (`make test-slow` makes one), or
-by this one. `pytest -m slow -s tests/test_hf_peers.py` prints the figures of docs/results.md.
+by this one. `pytest -m slow -s tests/test_hf_peers.py` prints the figures of docs/models.md.
 """
 
 import json

@@ -356,9 +356,9 @@ def test_a_killed_run_leaves_no_half_dataset(tmp_path, raw):
 
 def test_what_an_engine_lacks_is_named(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(engines, "_is_installed", lambda module: False)
-    with pytest.raises(CalrecError, match=r"pip install 'calrec_jax\[spark\]'.*prepare\.engine at 'duckdb'"):
+    with pytest.raises(CalrecError, match=r"pip install -e '\.\[spark\]'.*prepare\.engine at 'duckdb'"):
         prepare(tmp_path / "d", **raw, engine="pyspark://")
-    with pytest.raises(CalrecError, match=r"bigquery://shop/logs.*pip install 'calrec_jax\[bigquery\]'"):
+    with pytest.raises(CalrecError, match=r"bigquery://shop/logs.*pip install -e '\.\[bigquery\]'"):
         prepare(tmp_path / "d", **raw, engine="bigquery://shop/logs")
     with pytest.raises(CalrecError, match=r"prepare\.engine='mysql://x': 'duckdb', or a URL such as"):
         prepare(tmp_path / "d", **raw, engine="mysql://x")

@@ -93,7 +93,7 @@ def check_engine(url: str, memory_limit: str, threads: int | None) -> None:
     module, extra = _EXTRAS[scheme]
     if not _is_installed(module):
         raise CalrecError(
-            f"prepare.engine={url!r} needs what is not installed: pip install 'calrec_jax[{extra}]', or leave "
+            f"prepare.engine={url!r} needs what is not installed: pip install -e '.[{extra}]', or leave "
             "prepare.engine at 'duckdb'."
         )
     if scheme == "pyspark" and "spark.remote" not in url and not _has_java():

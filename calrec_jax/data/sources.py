@@ -162,7 +162,7 @@ def _filesystem(path: str) -> Any:
         return fsspec.core.url_to_fs(path)[0]
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        way = f"pip install 'calrec_jax[{extra}]'" if extra else "install the package that fsspec names"
+        way = f"pip install -e '.[{extra}]'" if extra else "install the package that fsspec names"
         raise CalrecError(f"{path}: {error}. To read {protocol}:// URLs: {way}.") from error
     except ValueError as error:
         raise CalrecError(f"{path}: {error}.") from error

@@ -189,7 +189,7 @@ def _write_saved_model(
 
 
 def _not_installed(error: ModuleNotFoundError) -> CalrecError:
-    return CalrecError(f"exports need {error.name}, which is not installed: pip install 'calrec_jax[export]'")
+    return CalrecError(f"exports need {error.name}, which is not installed: pip install -e '.[export]'")
 
 
 def _described(function: Function) -> dict[str, Any]:

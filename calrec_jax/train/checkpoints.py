@@ -141,7 +141,9 @@ def read_facts(stage: Path) -> tuple[TransformerConfig, dict[str, Any]]:
     """
     path = Path(stage) / FACTS_FILE
     if not path.is_file():
-        raise CalrecError(f"{stage}: no trained stage there ({FACTS_FILE} is missing); run `calrec train` first")
+        raise CalrecError(
+            f"{stage}: no trained stage there ({FACTS_FILE} is missing); run `calrec train` or `import_hf`"
+        )
     facts = artifacts.read_json(path)
     config = TransformerConfig.from_described(facts.pop("model", None))
     if config is None:

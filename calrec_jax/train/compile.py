@@ -1,6 +1,6 @@
 """The verb `compile`: a stage's training step, compiled for a TPU slice that is not here, and whether it fits.
 
-Notable: libtpu holds the TPU's compiler and needs no TPU for it (`pip install 'calrec_jax[tpu]'`). What is compiled is
+Notable: libtpu holds the TPU's compiler and needs no TPU for it (`pip install -e '.[tpu]'`). What is compiled is
 the very step that `train` runs, of the shapes that the run file gives; no data, tokenizer or run folder is read.
 """
 
@@ -120,7 +120,7 @@ def make_mesh(topology: str, num_slices: int, shape: Any = None) -> Mesh:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalrecError(
-            f"--topology={topology}: {first}. It takes libtpu (pip install 'calrec_jax[tpu]') and a name such as "
+            f"--topology={topology}: {first}. It takes libtpu (pip install -e '.[tpu]') and a name such as "
             "v5e:4x4, v5e:16x16, v4:8x8x8 or v6e:8x8"
         ) from error
     devices = described.devices

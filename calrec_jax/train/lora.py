@@ -64,7 +64,7 @@ def adapted(model: Transformer, config: LoraConfig) -> Transformer:
     try:
         import qwix
     except ImportError as error:
-        raise CalrecError(f"LoraConfig.rank={config.rank}: needs qwix (pip install 'calrec_jax[lora]')") from error
+        raise CalrecError(f"LoraConfig.rank={config.rank}: needs qwix (pip install -e '.[lora]')") from error
     # Unrolled, a block stands alone and its modules have no parent's name before theirs.
     path = f"(layers/)?({'|'.join(config.modules)})"
     provider = qwix.LoraProvider(module_path=path, rank=config.rank, alpha=config.alpha)
