@@ -273,7 +273,7 @@ def _compile(line: Line, arguments: argparse.Namespace) -> None:
 
     mesh = make_mesh(arguments.topology, 1)
     for name in [arguments.name] if arguments.name is not None else line.decodes:
-        compile_decode(name, mesh, bound_vocab_size(line.init_from), arguments.items)
+        compile_decode(name, line.stages[-1], mesh, bound_vocab_size(line.init_from), arguments.items)
 
 
 def _quickstart(line: Line, arguments: argparse.Namespace) -> None:

@@ -254,7 +254,10 @@ class Line:
         with self.step(f"baseline {model}", folder), gin.config_scope(model):
             train_sasrec(folder, dataset)
         with self.step(f"rank {self.split}-{name}", out), gin.config_scope(name):
-            rank(out, dataset, None, split=self.split, source="sasrec", leave_out_history=left_out, baseline=folder)
+            rank(
+                out, dataset, None, split=self.split, index_dir=self.layout.index, source="sasrec",
+                leave_out_history=left_out, baseline=folder,
+            )  # fmt: skip
 
     def run_baselines(self, name: str | None = None) -> None:
         """Makes the target's dataset, then the baselines, and evaluates them: all into the run's report, or one alone.

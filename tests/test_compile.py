@@ -96,9 +96,9 @@ def test_decoding_steps_are_compiled_for_one_device(capsys):
     weights = 2 * (2 * 16 * 8 * (2 + 1) + 3 * 16 * 24)  # those that a token meets in two layers
     gin.parse_config(DECODES)
     try:
-        some = compile_decode("some", mesh, 40)
-        beam = compile_decode("items", mesh, 40, items=200)
-        assert compile_decode("alone", mesh, 40) is None
+        some = compile_decode("some", "stage2", mesh, 40)
+        beam = compile_decode("items", "stage2", mesh, 40, items=200)
+        assert compile_decode("alone", "stage2", mesh, 40) is None
     finally:
         gin.clear_config()
     assert (some.rows, some.users, some.hbm_limit) == (2 * 16, 16, None)

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.numpy
 from decoding_reference import teacher_forced, tiny_model, write_stage
 
 from calrec_jax import artifacts
@@ -27,8 +29,9 @@ from calrec_jax.evaluate.run import evaluate
 from calrec_jax.export.card import Origin
 from calrec_jax.export.functions import Lengths, make_functions
 from calrec_jax.export.run import export
+from calrec_jax.models.transformer import Transformer
 from calrec_jax.rank.run import rank
-from calrec_jax.train.checkpoints import load_checkpoint
+from calrec_jax.train.checkpoints import load_checkpoint, read_facts
 
 pytest.importorskip("orbax.export", reason="the extra [export] is not installed")
 
@@ -198,7 +201,7 @@ def test_scores_are_those_of_teacher_forcing(model, asked):
     rng = np.random.default_rng(1)
     prompts, texts = [rng.integers(3, 300, n).tolist() for n in (3, 9, 6)], [[5, 7, 200], [], [9]]
     score = make_functions(
-        model[0], Lengths(12, 4, 5), eos_id=1, num_samples=1, temperature=1.0
+        model[0], Lengths(12, 4, 5), start_id=0, eos_id=1, num_samples=1, temperature=1.0
     )["score"]  # fmt: skip
     tokens, candidates = np.zeros((3, 12), np.int32), np.zeros((3, 3, 4), np.int32)
     for row, prompt in enumerate(prompts):
@@ -216,12 +219,52 @@ def test_scores_are_those_of_teacher_forcing(model, asked):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_an_items_vector_has_the_tokenizers_own_start(model, asked):
+    """As imported tokenizers have one other than 0."""
+    catalogue = dataclasses.replace(asked["catalogue"], start_id=2)
+    item = make_functions(
+        model[0], Lengths(4, MAX_TARGET - 1, 4), start_id=2, eos_id=1, num_samples=1, temperature=1.0
+    )["item"]  # fmt: skip
+    given = {"tokens": asked["inputs"]["item_tokens"], "lengths": asked["inputs"]["item_lengths"]}
+    found = item.call(model[1], given)["item_embedding"]
+    wanted = item_embeddings(*model, catalogue, Compiled())[asked["items"][:, 0]]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert not np.allclose(found, asked["expected"]["item_embedding"], atol=1e-2), "the start token must matter"
+
+
+def test_a_model_with_windows_soft_caps_and_a_head_of_its_own(small_run, asked, tmp_path):
+    """Open models' settings, with a symbolic batch; exported although it was trained by another attention."""
+    sizes = {"attention_pattern": ("local", "global"), "sliding_window": 5, "attention_soft_cap": 4.0,
+             "logit_soft_cap": 20.0, "tied_embeddings": False, "attention": "splash"}  # fmt: skip
+    made = tiny_model(small_run.tokenizer.vocab_size, **sizes)
+    stage = write_stage(tmp_path / "stage", small_run, *made, max_target_tokens=MAX_TARGET)
+    assert read_facts(stage)[0].attention == "splash" and load_checkpoint(stage)[0].attention == "auto"
+    out = make(tmp_path / "out", small_run, stage, "jax")
+    params = safetensors.numpy.load_file(out / "params.safetensors")
+    plain = Transformer(dataclasses.replace(made[0].config, attention="xla"), made[0].vocab_size)
+    wanted = expected((plain, made[1]), asked["batch"], asked["catalogue"], asked["items"])
+    for name, result, ours in (
+        ("user", "user_embedding", "user_embedding"),
+        ("score", "log_probs", "candidate_log_probs"),
+        ("sample", "completions", "completions"),
+    ):
+        program = jax.export.deserialize(bytearray((out / f"{name}.jax_export").read_bytes()))
+        taken = {key: asked["inputs"][key] for key in ("tokens", "lengths")}
+        if name == "score":
+            taken |= {key: asked["inputs"][key] for key in ("candidates", "candidate_lengths")}
+        if name == "sample":
+            taken["keys"] = asked["inputs"]["keys"]
+        np.testing.assert_allclose(program.call(params, taken)[result], wanted[ours], atol=1e-4, err_msg=name)
+
+
 def test_samples_whole_and_ended_at_once(model):
     """N texts of one token, and texts that never end: the edges of the loop."""
     tokens, lengths = np.full((2, 4), 7, np.int32), np.array([4, 2], np.int32)
     keys = user_keys(["a", "b"], 0)
     for limit, eos in ((1, 1), (6, -1)):
-        functions = make_functions(model[0], Lengths(4, 4, limit), eos_id=eos, num_samples=5, temperature=0.5)
+        functions = make_functions(
+            model[0], Lengths(4, 4, limit), start_id=0, eos_id=eos, num_samples=5, temperature=0.5
+        )
         found = functions["sample"].call(model[1], {"tokens": tokens, "lengths": lengths, "keys": keys})
         sampler = Sampler(*model, eos_id=eos, num_samples=5, temperature=0.5, max_new_tokens=limit, batch_users=2)
         wanted = sampler(Batch(tokens, lengths, keys, np.arange(2)))

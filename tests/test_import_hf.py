@@ -216,6 +216,9 @@ def test_a_model_from_scratch_is_exported_with_a_config_of_its_family(tmp_path):
     assert (written["model_type"], written["architectures"], written["torch_dtype"]) == (
         "llama", ["LlamaForCausalLM"], "float32",
     )  # fmt: skip
+    # The tokenizer's own: a family's defaults would let transformers go on behind EOS.
+    ids = (tokenizer.start_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == ids
     got = model.apply(
         {"params": params}, *(np.arange(5, dtype=np.int32)[None] + 3 * i for i in (1, 0)), np.ones((1, 5))
     )

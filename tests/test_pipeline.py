@@ -260,7 +260,7 @@ def test_baselines_are_trained_once_ranked_each_and_reported(rooms, line):
         ("evaluate", "report", ""),
     ]
     assert rooms.skipped == [root.baseline("sasrec")]
-    rank = {"split": "test", "source": "sasrec", "baseline": root.baseline("sasrec")}
+    rank = {"split": "test", "index_dir": root.index, "source": "sasrec", "baseline": root.baseline("sasrec")}
     assert rooms.calls[2][2:4] == ((f"read {root.dataset('Toys')}", None), rank | {"leave_out_history": "none"})
     assert rooms.calls[4][3] == rank | {"leave_out_history": "all"}
     assert rooms.calls[6][3] == rank | {"leave_out_history": "last", "baseline": root.baseline("other")}

@@ -36,7 +36,7 @@ def parts(small_run, registries):
     """Our decoder and parameters, and T5X's model of them."""
     task = tasks.register_dataset(small_run.folders[0], small_run.tokenizer_folder, max_target_tokens=24)
     vocabulary = seqio.get_mixture_or_task(task).output_features["targets"].vocabulary
-    model, params = tiny_model(small_run.tokenizer.vocab_size)
+    model, params = tiny_model(small_run.tokenizer.vocab_size, attention="xla")
     ours = CalrecModel(
         make_transformer(model.config, vocabulary), vocabulary, make_optimizer(OPTIMIZER, STEPS), LOSS,
         batch_rows=ROWS, row_examples=3, num_samples=3, temperature=0.7, max_new_tokens=10, seed=5,

@@ -56,11 +56,12 @@ class DecodeReport:
     flops: float
 
 
-def compile_decode(name: str, mesh: Mesh, vocab_size: int, items: int = 10_000) -> DecodeReport | None:
+def compile_decode(name: str, stage: str, mesh: Mesh, vocab_size: int, items: int = 10_000) -> DecodeReport | None:
     """Compiles the step of a decode as gin has bound it in scope `name`, and prints the report.
 
     Args:
       name: of `run.decodes`.
+      stage: whose checkpoint is decoded: its model and its lengths, from its scope.
       mesh: its first device is compiled for.
       vocab_size: V.
       items: of the made-up catalogue of a constrained beam.
@@ -74,6 +75,7 @@ def compile_decode(name: str, mesh: Mesh, vocab_size: int, items: int = 10_000) 
     with gin.config_scope(name):
         defaults = {k: p.default for k, p in inspect.signature(decode).parameters.items()}
         settings: dict[str, Any] = defaults | gin.get_bindings("decode")
+    with gin.config_scope(stage):
         batching, config = Batching(), TransformerConfig()
     if settings["mode"] not in _COMPILED:
         print(f"compile: {name}: steps of mode {settings['mode']!r} are not compiled ahead")

@@ -60,6 +60,7 @@ def make_functions(
     model: Transformer,
     lengths: Lengths,
     *,
+    start_id: int,
     eos_id: int,
     num_samples: int,
     temperature: float,
@@ -71,6 +72,7 @@ def make_functions(
     Args:
       model: the decoder.
       lengths: of prompts and texts.
+      start_id: the token before a prompt and before a text that stands alone.
       eos_id: the token that ends a text.
       num_samples: N of "sample".
       temperature: of "sample".
@@ -84,7 +86,7 @@ def make_functions(
         return {"user_embedding": prefill(model, params, x["tokens"], x["lengths"], _no_keys(x))[2]}
 
     def item(params: Any, x: Arrays) -> Arrays:
-        return {"item_embedding": _embed_item(model, params, x["tokens"], x["lengths"])}
+        return {"item_embedding": _embed_item(model, params, x["tokens"], x["lengths"], start_id)}
 
     def score(params: Any, x: Arrays) -> Arrays:
         return _score(model, params, x, eos_id)
@@ -137,9 +139,9 @@ def _no_keys(x: Arrays) -> jax.Array:
     return jnp.zeros((x["tokens"].shape[0], 2), jnp.uint32)
 
 
-def _embed_item(model: Transformer, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+def _embed_item(model: Transformer, params: Any, tokens: jax.Array, lengths: jax.Array, start_id: int) -> jax.Array:
     """v_T [B, D] of texts [B, T]: the start token is put before them, and is in no mean."""
-    tokens = jnp.pad(tokens, ((0, 0), (1, 0)))
+    tokens = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start_id)
     place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     inside = place <= lengths[:, None]
     hidden = call(model, params, tokens, place, inside.astype(jnp.int32), method="activations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import shutil
@@ -88,10 +89,11 @@ def export(
     check_inputs(checkpoint, facts, dataset, own)
     catalogue = tokenise_catalogue([dataset], own, max_target_tokens=facts["max_target_tokens"])
     lengths = _lengths(settings, facts, catalogue)
-    model = Transformer(config, facts["vocab_size"])
+    # The functions are lowered for several platforms at once, of which a kernel knows one.
+    model = Transformer(dataclasses.replace(config, attention="xla"), facts["vocab_size"])
     made = make_functions(
-        model, lengths, eos_id=catalogue.eos_id, num_samples=num_samples, temperature=temperature, top_k=top_k,
-        top_p=top_p,
+        model, lengths, start_id=catalogue.start_id, eos_id=catalogue.eos_id, num_samples=num_samples,
+        temperature=temperature, top_k=top_k, top_p=top_p,
     )  # fmt: skip
     chosen = {name: made[name] for name in functions} if format != "t5x" else {}
     card = cards.make_card(

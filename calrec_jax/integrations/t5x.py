@@ -6,6 +6,7 @@ Notable: batches are those of `CalrecFeatureConverter`, so packing, pools and ne
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +35,11 @@ Batch = Mapping[str, jax.Array]
 
 
 def make_transformer(config: TransformerConfig, vocabulary: CalrecVocabulary) -> Transformer:
-    """The decoder over a task's vocabulary."""
-    return Transformer(config, vocabulary.vocab_size)
+    """The decoder over a task's vocabulary.
+
+    Attention is XLA's: T5X's partitioner cannot split a kernel, and the model does not know its mesh.
+    """
+    return Transformer(dataclasses.replace(config, attention="xla"), vocabulary.vocab_size)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optimizers.OptaxWrapper:
@@ -93,6 +97,8 @@ class CalrecModel(models.BaseTransformerModel):
             row_tokens=row_tokens,
             next_item_loss=next_item_loss,
             window=window,
+            start_id=vocabulary.calrec_tokenizer.start_id,
+            eos_id=vocabulary.eos_id,
         )
 
         def feature_converter(pack: bool = True, use_custom_packing_ops: bool = False, **kwargs: Any) -> Any:
@@ -163,7 +169,10 @@ class CalrecModel(models.BaseTransformerModel):
         user = batch["target_user"][:, 0].astype(jnp.uint32)
         keys = jnp.stack([jnp.full_like(user, self._seed), user], axis=1)
         shape = Lengths(tokens.shape[1], 1, self._max_new_tokens)
-        functions = make_functions(self.module, shape, eos_id=self.output_vocabulary.eos_id, **self._sampling)
+        functions = make_functions(
+            self.module, shape, start_id=self.output_vocabulary.calrec_tokenizer.start_id,
+            eos_id=self.output_vocabulary.eos_id, **self._sampling,
+        )  # fmt: skip
         found = functions["sample"].call(params, {"tokens": tokens, "lengths": lengths, "keys": keys})
         return found["completions"], {"scores": found["log_probs"]}
 

@@ -184,14 +184,14 @@ def local_masks(
     Returns:
       [B, N, Q, L] bool and [R, Q, T] bool.
     """
-    users, (rows, tokens) = len(prefix_mask), positions.shape
+    users, (rows, tokens) = prefix_mask.shape[0], positions.shape  # not len(): an export's batch is symbolic
     by_user = positions.reshape(users, -1, tokens) if cells is None else positions[cells.row_of]
     near = by_user[..., None] - jnp.arange(prefix_mask.shape[1]) < window
     place, own = jnp.arange(places), jnp.arange(tokens)[:, None]
     if at is not None:
         lag = jnp.broadcast_to((at + own - place) % places, (rows, tokens, places))
     else:
-        user = jnp.repeat(jnp.arange(users), rows // users) if cells is None else cells.cell_of // by_user.shape[1]
+        user = jnp.arange(rows) // (rows // users) if cells is None else cells.cell_of // by_user.shape[1]
         before = positions[:, :, None] - prefix_mask.sum(-1)[user][:, None, None] - place
         lag = jnp.where(place < places - tokens, before, own - (place - (places - tokens)))
     return prefix_mask[:, None, None] & near, suffix_mask & (lag < window)
@@ -258,5 +258,5 @@ def _by_query(prefix_mask: jax.Array, heads: int) -> jax.Array:
     """[B, L] → [B, 1, 1, L]; [B, N, Q, L] → [B, 1, N·Q·heads, L], as `shared_prefix_attention` lays its queries out."""
     if prefix_mask.ndim == 2:
         return prefix_mask[:, None, None, :]
-    users, length = len(prefix_mask), prefix_mask.shape[-1]
+    users, length = prefix_mask.shape[0], prefix_mask.shape[-1]
     return jnp.repeat(prefix_mask.reshape(users, -1, length), heads, axis=1)[:, None]

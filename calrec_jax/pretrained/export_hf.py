@@ -82,12 +82,12 @@ def export_hf(
         raise CalrecError(f"{out} exists already; delete it to export again, or choose another --out")
     config, params, facts = load_checkpoint(checkpoint)
     family = family_of(config)
-    files = _tokenizer_files(checkpoint, tokenizer, facts["tokenizer"])
+    own, files = _tokenizer_files(checkpoint, tokenizer, facts["tokenizer"])
     origin = facts.get("origin", {})
     with artifacts.atomic_folder(out) as temporary:
         plan = list(_plan(config, facts["vocab_size"], dtype, origin))
         main = dtype or origin.get("dtype", "float32")
-        artifacts.write_json(temporary / CONFIG_FILE, _config(config, facts["vocab_size"], family, origin, main))
+        artifacts.write_json(temporary / CONFIG_FILE, _config(config, own, family, origin, main))
         _write_shards(temporary, _shards(plan, max_shard_gib * 2**30), params)
         for path in files:
             (temporary / path.name).write_bytes(path.read_bytes())
@@ -143,11 +143,15 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[_Tensor]], params: Any
 
 
 def _config(
-    config: TransformerConfig, vocab_size: int, family: families.Family, origin: dict[str, Any], dtype: str
+    config: TransformerConfig, tokenizer: Tokenizer, family: families.Family, origin: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
     """`config.json`: the original, where it still says what the model is."""
-    original = origin.get("config")
-    made = dict(original) if original else to_hf(config, vocab_size, family)
+    original, vocab_size = origin.get("config"), tokenizer.vocab_size
+    if original:
+        made = dict(original)
+    else:  # a family's defaults are ids of its own tokenizer
+        ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        made = to_hf(config, vocab_size, family) | ids
     found = families.from_hf(made, CONFIG_FILE)
     if found.config.settings() != config.settings() or found.vocab_size != vocab_size:
         raise CalrecError(
@@ -159,8 +163,8 @@ def _config(
     return made | {name: dtype for name in dtype_fields} | ({} if original else {"calrec_jax_version": __version__})
 
 
-def _tokenizer_files(checkpoint: Path, given: str | Path | None, fingerprint: str) -> list[Path]:
-    """The tokenizer's files to copy."""
+def _tokenizer_files(checkpoint: Path, given: str | Path | None, fingerprint: str) -> tuple[Tokenizer, list[Path]]:
+    """The tokenizer, and its files to copy."""
     candidates = [Path(given)] if given else [checkpoint / FOLDER, checkpoint.parent / FOLDER]
     folder = next((path for path in candidates if (path / artifacts.MANIFEST).exists()), candidates[-1])
     tokenizer = Tokenizer.load(folder)
@@ -169,4 +173,4 @@ def _tokenizer_files(checkpoint: Path, given: str | Path | None, fingerprint: st
             f"{folder}: is not the tokenizer that {checkpoint} was trained with ({fingerprint[:8]}, and this one is "
             f"{tokenizer.fingerprint[:8]}); name it by --tokenizer"
         )
-    return [folder / name for name in (*FILES, MODEL_FILE) if (folder / name).is_file()]
+    return tokenizer, [folder / name for name in (*FILES, MODEL_FILE) if (folder / name).is_file()]

@@ -6,6 +6,7 @@ template, tokenizer and dataset hashes) and, when the stage is done, `manifest.j
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -170,6 +171,8 @@ def load_checkpoint(
     """
     stage = Path(stage)
     config, facts = read_facts(stage)
+    if config.attention == "splash":  # of training's rows; what reads the parameters has rows of other lengths
+        config = dataclasses.replace(config, attention="auto")
     manifest = artifacts.read_manifest(stage, kind="checkpoint")
     with manager(stage, read_only=True) as checkpoints:
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()

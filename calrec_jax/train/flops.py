@@ -79,8 +79,8 @@ def weight_flops(parameters: int, embedding: int, tokens: float, weighted: float
     """Operations of the products with weights alone, forward and backward: a lower bound of what training has to do.
 
     Args:
-      parameters: of the model in all.
-      embedding: of them, the tied embedding's, which is multiplied only where a token bears loss.
+      parameters: of the model in all, without a table that is only read.
+      embedding: of them, those of the table of the logits, which is multiplied only where a token bears loss.
       tokens: real ones.
       weighted: those that bear loss.
     """

@@ -16,6 +16,7 @@ import tensorboardX
 
 from calrec_jax import artifacts
 from calrec_jax.errors import CalrecError
+from calrec_jax.models.transformer import vocabulary_table
 from calrec_jax.train.flops import CHIPS, weight_flops
 from calrec_jax.train.memory import MemoryPlan
 from calrec_jax.train.step import averages
@@ -86,7 +87,9 @@ class TrainingLog:
         self._began = self._window_began = time.monotonic()
         count = sum(x.size for x in jax.tree.leaves(params))
         if frozen is None:  # with adapters a step's products are others, and no utilisation is reported
-            self._parameters, self._embedding = count, params["embedding"].size
+            # Reading a row of the embedding is no product; what the logits are products with may be another table.
+            lookup = params["embedding"].size if "head" in params else 0
+            self._parameters, self._embedding = count - lookup, vocabulary_table(params).size
         if not self._writes:
             return
         base = sum(x.size for x in jax.tree.leaves(frozen))
