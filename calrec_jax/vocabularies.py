@@ -65,7 +65,28 @@ def load_vocabulary(
     return ImportedSentencePieceVocabulary(folder) if settings.get("file") else CalrecVocabulary(folder)
 
 
-class CalrecVocabulary(seqio.SentencePieceVocabulary):
+class _OfFolder:
+    """What the vocabularies of all tokenizer folders share.
+
+    Args:
+      folder: the tokenizer's.
+
+    Raises:
+      CalrecError: the folder is not a complete tokenizer.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self._folder = str(folder)
+        self._hash = artifacts.read_manifest(folder, kind="tokenizer")["hash"]
+        _load(self._folder, self._hash)  # says now what is wrong with it
+
+    @property
+    def calrec_tokenizer(self) -> Tokenizer:
+        """The tokenizer itself."""
+        return _load(self._folder, self._hash)
+
+
+class CalrecVocabulary(_OfFolder, seqio.SentencePieceVocabulary):
     """A tokenizer folder as a `seqio.Vocabulary`: 0 pad, 1 EOS, 2 unknown, no BOS and no extra ids.
 
     Two vocabularies are equal when they hold the same model, wherever it lies.
@@ -79,15 +100,8 @@ class CalrecVocabulary(seqio.SentencePieceVocabulary):
     """
 
     def __init__(self, folder: str | pathlib.Path):
-        self._folder = str(folder)
-        self._hash = artifacts.read_manifest(folder, kind="tokenizer")["hash"]
-        _load(self._folder, self._hash)  # says now what is wrong with it
-        super().__init__(str(pathlib.Path(folder) / MODEL_FILE), extra_ids=0)
-
-    @property
-    def calrec_tokenizer(self) -> Tokenizer:
-        """The tokenizer itself."""
-        return _load(self._folder, self._hash)
+        _OfFolder.__init__(self, folder)
+        seqio.SentencePieceVocabulary.__init__(self, str(pathlib.Path(folder) / MODEL_FILE), extra_ids=0)
 
     @property
     def pad_id(self) -> int:
@@ -142,8 +156,8 @@ class CalrecVocabulary(seqio.SentencePieceVocabulary):
         return f"CalrecVocabulary({self._folder}, fingerprint={self.calrec_tokenizer.fingerprint[:12]})"
 
 
-class _Imported:
-    """What vocabularies of imported tokenizers share: their folder, and their special ids.
+class _Imported(_OfFolder):
+    """What vocabularies of imported tokenizers share: their special ids.
 
     Args:
       folder: the tokenizer's, as `calrec import_hf` or `calrec vocab` of a run from an imported model wrote it.
@@ -151,16 +165,6 @@ class _Imported:
     Raises:
       CalrecError: the folder is not a complete tokenizer.
     """
-
-    def __init__(self, folder: str | pathlib.Path):
-        self._folder = str(folder)
-        self._hash = artifacts.read_manifest(folder, kind="tokenizer")["hash"]
-        _load(self._folder, self._hash)  # says now what is wrong with it
-
-    @property
-    def calrec_tokenizer(self) -> Tokenizer:
-        """The tokenizer itself."""
-        return _load(self._folder, self._hash)
 
     @property
     def pad_id(self) -> int:
