@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calrec_jax.models import packed_attention as module
 from calrec_jax.models.layers import Linear
-from calrec_jax.models.packed_attention import first_key, packed_attention
+from calrec_jax.models.packed_attention import farthest, first_key, lookbacks, packed_attention
 
 
 def reference(query, key, value, segments, d_output, window=None, cap=None):
@@ -116,3 +117,28 @@ def test_a_linears_gradients_are_products_in_float64(inputs, outputs):
     np.testing.assert_allclose(y, (flat @ matrix).reshape(2, 6, *outputs), atol=1e-5)
     np.testing.assert_allclose(grads["params"]["kernel"], (flat.T @ flat_d).reshape(kernel.shape), atol=1e-5)
     np.testing.assert_allclose(d_x, (flat_d @ matrix.T).reshape(x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(("longest", "step"), [(3, 0), (4, 0), (5, 1), (8, 1), (9, 2), (17, 2)])
+@pytest.mark.parametrize(("window", "local"), [(None, False), (6, True)])
+def test_long_rows_leave_out_what_no_segment_reaches(longest, step, window, local, monkeypatch):
+    """Blocks of 2 in rows of 24: keys up to 4 places back, up to 8, or all."""
+    monkeypatch.setattr(module, "_LONG", 16)
+    assert lookbacks(24, 2) == (4, 8)
+    rng = np.random.default_rng(longest)
+    segments = np.stack(
+        [np.r_[np.repeat([1, 2, 3], 2), np.full(longest, 4)], np.repeat([1, 2, 3], [2, 3, 1 + longest])]
+    )
+    segments = np.pad(segments, ((0, 0), (0, 26)))[:, :24]
+    far = int(farthest(jnp.asarray(segments)))
+    assert far == max(np.bincount(row[row > 0]).max() for row in segments) - 1
+    assert sum(far > s for s in (4, 8)) == step
+    query, d_output = (rng.normal(size=(2, 24, 4, 4)).astype(np.float32) for _ in range(2))
+    key, value = (rng.normal(size=(2, 24, 2, 4)).astype(np.float32) for _ in range(2))
+    d_output *= (segments > 0)[..., None, None]
+    ids = jnp.asarray(segments)
+    output, pull = jax.vjp(lambda *x: packed_attention(*x, ids, 2, window=window, local=local), query, key, value)
+    expected = reference(query, key, value, segments, d_output, window)
+    np.testing.assert_allclose(np.asarray(output)[segments > 0], expected[0][segments > 0], atol=2e-6)
+    for got, wanted in zip(pull(jnp.asarray(d_output)), expected[1:], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=5e-6)

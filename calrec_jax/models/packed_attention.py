@@ -4,7 +4,8 @@ Notable: scores lie with keys before queries, [..., S, M], so that a softmax red
 both passes read their operands as they lie: what autodiff makes of the plain form transposes every score. Masks are
 added, one float for all heads and layers, and not selected. The backward pass computes scores anew from each query's
 log-sum-exp (Dao et al., 2022, arXiv 2205.14135, section 3.1), so none are kept. Together that halves the time of
-attention on CPU (docs/performance.md).
+attention on CPU (docs/performance.md). Long rows hold many short segments: the device looks at the longest one of a
+batch, and keys further back than that are left out, by steps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from calrec_jax.models.attention import NEGATIVE, soft_capped
 # Products [places, C] × [places] of a pair of places: scores and values; scores, the gradients of the softmax, of
 # values, keys and queries.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+_LONG = 1024  # places of a row from which its longest segment is looked at
 
 
 class _Scope(NamedTuple):
@@ -31,12 +33,14 @@ class _Scope(NamedTuple):
       window: places that a local layer attends to; None: there are no local layers.
       local: whether this one is; None: the device knows.
       soft_cap: of the scores.
+      lookback: places before a block that its queries attend to; None: all.
     """
 
     block: int
     window: int | None
     local: bool | None
     soft_cap: float | None
+    lookback: int | None = None
 
 
 def packed_attention(
@@ -74,9 +78,35 @@ def packed_attention(
     return _attend(query, key, value, segment_ids, local, _Scope(block, window, None, soft_cap))
 
 
-def first_key(begin: int, window: int | None) -> int:
+def first_key(begin: int, window: int | None, lookback: int | None = None) -> int:
     """The first place that a block of queries from place `begin` on attends to, with a window known beforehand."""
-    return 0 if window is None else max(0, begin + 1 - window)
+    return max(0, 0 if window is None else begin + 1 - window, 0 if lookback is None else begin - lookback)
+
+
+def lookbacks(length: int, block: int) -> tuple[int, ...]:
+    """Steps, in places, that attention in rows of a length distinguishes; beyond the last it is all of a row."""
+    if length < _LONG:
+        return ()
+    return tuple(-(-length // (part * block)) * block for part in (8, 3))
+
+
+def farthest(segment_ids: jax.Array) -> jax.Array:
+    """How far behind the first place of its segment [B, L] any place of a segment is; a scalar."""
+    place = jnp.arange(segment_ids.shape[1])
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    return jnp.max(jnp.where(segment_ids > 0, place - first, 0))
+
+
+def _by_lookback(function, segment_ids: jax.Array, scope: _Scope, *arguments):
+    """`function(scope, *arguments)` with the nearest lookback that leaves out no key of these segments."""
+    steps = lookbacks(segment_ids.shape[1], scope.block)
+    if not steps:
+        return function(scope, *arguments)
+    far = farthest(segment_ids)
+    index = sum((far > step).astype(jnp.int32) for step in steps)
+    branches = [functools.partial(function, scope._replace(lookback=step)) for step in (*steps, None)]
+    return jax.lax.switch(index, branches, *arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -85,6 +115,13 @@ def _attend(query, key, value, segment_ids, local, scope):
 
 
 def _forward(query, key, value, segment_ids, local, scope):
+    inputs = query, key, value, segment_ids, local
+    output, normaliser = _by_lookback(_output, segment_ids, scope, *inputs)
+    return output, (*inputs, output, normaliser)
+
+
+def _output(scope, query, key, value, segment_ids, local):
+    """(what attention gives, [B, G, H/G, L] log-sum-exp of each query's scores)."""
     keys, turned_values, queries = _by_group(key), _turned(value), _by_group(query, key.shape[2])
     outputs, normalisers = [], []
     for begin, end, first in _blocks(query.shape[1], scope):
@@ -100,12 +137,15 @@ def _forward(query, key, value, segment_ids, local, scope):
         mixed = mixed.reshape(*mixed.shape[:3], *total.shape[2:]) / total[:, :, None]
         outputs.append(mixed.astype(value.dtype).transpose(0, 4, 1, 3, 2))
         normalisers.append(top[:, :, 0] + jnp.log(total))
-    output = jnp.concatenate(outputs, axis=1).reshape(query.shape)
-    return output, (query, key, value, segment_ids, local, output, jnp.concatenate(normalisers, axis=-1))
+    return jnp.concatenate(outputs, axis=1).reshape(query.shape), jnp.concatenate(normalisers, axis=-1)
 
 
 def _backward(scope, residual, d_output):
-    query, key, value, segment_ids, local, output, normaliser = residual
+    return *_by_lookback(_gradients, residual[3], scope, d_output, *residual), None, None
+
+
+def _gradients(scope, d_output, query, key, value, segment_ids, local, output, normaliser):
+    """Of query, key and value."""
     groups, length = key.shape[2], query.shape[1]
     keys, turned_keys, values = _by_group(key), _turned(key), _by_group(value)
     queries, d_outputs = _by_group(query, groups), _by_group(d_output, groups)
@@ -130,7 +170,7 @@ def _backward(scope, residual, d_output):
         d_query = d_query.reshape(*d_query.shape[:3], -1, end - begin).astype(query.dtype)
         d_queries.append(d_query.transpose(0, 4, 1, 3, 2))
     d_key, d_value = (x.astype(key.dtype).transpose(0, 2, 1, 3) for x in (d_keys, d_values))
-    return jnp.concatenate(d_queries, axis=1).reshape(query.shape), d_key, d_value, None, None
+    return jnp.concatenate(d_queries, axis=1).reshape(query.shape), d_key, d_value
 
 
 _attend.defvjp(_forward, _backward)
@@ -139,7 +179,8 @@ _attend.defvjp(_forward, _backward)
 def _blocks(length: int, scope: _Scope) -> Iterator[tuple[int, int, int]]:
     """(first place, place behind the last, first key) of each block of queries."""
     for begin in range(0, length, scope.block):
-        yield begin, min(begin + scope.block, length), first_key(begin, scope.window if scope.local else None)
+        first = first_key(begin, scope.window if scope.local else None, scope.lookback)
+        yield begin, min(begin + scope.block, length), first
 
 
 def _added_mask(segment_ids, begin, end, first, local, scope) -> jax.Array:
