@@ -116,14 +116,14 @@ def ours(sizes, batch, vocab_size):
     from calrec_jax.train.optimizer import OptimizerConfig
 
     # Llama's function; blocks of 64 and small chunks of logits suit a CPU's caches.
-    config = TransformerConfig(**sizes, scale_embeddings=False, scan_layers=False, attention_block=64)
+    config = TransformerConfig(**sizes, scale_embeddings=False, dropout_rate=0.0, scan_layers=False, attention_block=64)
     model, loss_config = Transformer(config, vocab_size), LossConfig(ALPHA, BETA, TEMPERATURE, chunk=16)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE).transformation(1000)
     mesh = training.make_mesh()
     state, shardings = training.init_state(model, optimizer, mesh, 0)
     weights = {}
     for leaf in leaves(config, vocab_size):
-        array = np.asarray(leaf.of(state.params))
+        array = np.array(leaf.of(state.params))  # a copy: the first step gives the buffer away
         weights |= {
             name: leaf.theirs(x) for name, x in zip(leaf.names(), array if leaf.layers else [array], strict=True)
         }
