@@ -385,6 +385,8 @@ def test_kill_nine_loses_the_shard_in_work_alone(dataset, small_run, stage, samp
         ({"temperature": float("nan")}, r"decode.temperature=nan: must be a positive number"),
         ({"num_samples": 2.5}, r"decode.num_samples=2.5: must be a positive whole number"),
         ({"mode": "constrained_beam", "num_beams": 0}, r"decode.num_beams=0: must be a positive whole number"),
+        ({"num_samples": 32_768}, r"decode.num_samples=32768: must be at most 32,767, .* that a ranking can name"),
+        ({"mode": "beam", "num_beams": 10**6}, r"decode.num_beams=1000000: must be at most 32,767"),
         ({"max_users": -1}, r"decode.max_users=-1"),
         ({"top_k": 0}, r"decode.top_k=0: must be a positive whole number"),
         ({"top_p": 1.5}, r"decode.top_p=1.5: must be at most 1"),
@@ -403,6 +405,13 @@ def test_bad_settings_are_named(dataset, small_run, tmp_path, settings, message)
     with pytest.raises(CalrecError, match=message):
         decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_is_too_small_is_named(dataset, small_run, tmp_path):
+    most = SETTINGS | {"batch_users": 2**31 - 1, "num_samples": 32_767}  # more than a process can address
+    with pytest.raises(CalrecError, match=r"does not fit into memory \(.*\); lower one of decode.batch_users=2147483647"):
+        decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **most)
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def test_what_does_not_belong_together_is_refused(dataset, small_run, stage, tmp_path, monkeypatch):
