@@ -8,10 +8,10 @@
 
 `peer` is against `generate` of transformers (extra `bench`), against T5X with --peer=t5x, or prints our figure alone
 with --peer=none. Both sides write 32 samples of exactly 32 tokens a user at T = 0.5, in turns, and the medians of the
-rounds are printed: of the clock, and of the processor time, which other work on the machine changes less. Compilation is
-left out, and printed apart where it is ours. Both peers have our weights. T5X runs as its users run it, its
-`DecoderOnlyModel` over its example decoder, which knows positions by T5's biases and not by RoPE. That decoder is not in
-T5X's installed package: a checkout of T5X must be in PYTHONPATH.
+rounds are printed: of the clock, and of the processor time, which other work on the machine changes less. Compilation
+is left out, and printed apart where it is ours. Both peers have our weights. T5X runs as its users run it, its
+`DecoderOnlyModel` over its example decoder, which knows positions by T5's biases and not by RoPE. That decoder is not
+in T5X's installed package: a checkout of T5X must be in PYTHONPATH.
 """
 
 import argparse
@@ -191,8 +191,8 @@ def t5x_sample(model, params, prompts):
     module = network.DecoderWrapper(sizes)
     theirs = models.DecoderOnlyModel(module, seqio.PassThroughVocabulary(VOCAB), None)
     users, length = prompts.shape
-    # T5X reads a prompt behind its start token 0, which stands here for the first of ours. The row ends where NEW tokens
-    # are written: the last of them is not read. What is behind the prompt is masked by `decoder_causal_attention`.
+    # T5X reads a prompt behind its start token 0, which stands here for the first of ours. The row ends where NEW
+    # tokens are written: the last of them is not read. What is behind the prompt is masked by `decoder_causal_attention`.
     tokens = np.zeros((users, length + NEW - 1), np.int32)
     tokens[:, 1:length] = prompts[:, 1:]
     read = np.broadcast_to(np.arange(tokens.shape[1]) < length, tokens.shape).astype(np.int32)
@@ -231,7 +231,7 @@ def t5x_sample(model, params, prompts):
 
     def sample():
         out, scores = (np.asarray(x) for x in jax.tree.leaves(predict(own, batch, next(keys))))
-        assert out[..., :NEW].shape == scores.shape + (NEW,) == (users, SAMPLES, NEW)
+        assert out[..., :NEW].shape == (*scores.shape, NEW) == (users, SAMPLES, NEW)
         assert np.isfinite(scores).all()
 
     return sample

@@ -278,8 +278,21 @@ def test_items_out_of_stock_and_histories_are_left_out(dataset, small_run, tmp_p
         stock
     )
     stock.write_text("item_id\n" + "\n".join(dataset.item_ids) + "\n")
-    with pytest.raises(CalrecError, match="catalogue has no items that are not left out"):
+    with pytest.raises(CalrecError, match="catalogue has no items that are not left out and have a text"):
         decode(tmp_path / "none", dataset, small_run.tokenizer, "stage", **asked)
+
+
+def test_items_without_words_are_named_and_no_constrained_completion(dataset, small_run, tmp_path, capsys):
+    texts = ["Title: Unknown." if row in (3, 7) else text for row, text in enumerate(dataset.texts)]
+    settings = {"mode": "constrained_beam", "num_beams": 32, "batch_users": 23, "with_embeddings": False}
+    partly = dataclasses.replace(dataset, texts=texts, hash="8" * 64)
+    decode(tmp_path / "beam", partly, small_run.tokenizer, "stage", **settings)
+    assert "decode: 2 items have no word in their text, 'Tools003' first; they are left out" in capsys.readouterr().out
+    expected = [item for row, item in enumerate(dataset.item_ids) if row not in (3, 7)]
+    assert all(sorted(row["item_ids"]) == expected for row in rows_of(tmp_path / "beam").values())
+    nothing = dataclasses.replace(dataset, texts=["Title: Unknown."] * 12, hash="7" * 64)
+    with pytest.raises(CalrecError, match="catalogue has no items that are not left out and have a text"):
+        decode(tmp_path / "none", nothing, small_run.tokenizer, "stage", **settings)
 
 
 def test_a_catalogue_the_model_never_saw_needs_no_training(dataset, small_run, catalogue, tmp_path):
@@ -409,7 +422,8 @@ def test_bad_settings_are_named(dataset, small_run, tmp_path, settings, message)
 
 def test_memory_that_is_too_small_is_named(dataset, small_run, tmp_path):
     most = SETTINGS | {"batch_users": 2**31 - 1, "num_samples": 32_767}  # more than a process can address
-    with pytest.raises(CalrecError, match=r"does not fit into memory \(.*\); lower one of decode.batch_users=2147483647"):
+    message = r"does not fit into memory \(.*\); lower one of decode.batch_users=2147483647, decode.num_samples=32767"
+    with pytest.raises(CalrecError, match=message):
         decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **most)
     assert not list((tmp_path / "out").glob("part-*"))
 

@@ -73,8 +73,8 @@ def decode(
       checkpoint: a finished training stage.
       split: "validation" or "test".
       mode: "sample" (the paper); "beam", the most probable texts; "stochastic_beam", samples without replacement;
-        "constrained_beam", where each completion is an item of the catalogue; "score", given items by their
-        log-probability; "tower", the users' vectors alone.
+        "constrained_beam", where each completion is an item of the catalogue whose text has a word; "score", given
+        items by their log-probability; "tower", the users' vectors alone.
       num_samples: N, samples a user; modes "sample" and "stochastic_beam".
       temperature: of sampling; log-probabilities are always at temperature 1; the same modes.
       top_k: tokens that can be drawn, None all; mode "sample".
@@ -216,8 +216,11 @@ def _given(
     if mode != "constrained_beam":
         return {}
     extra: dict[str, Any] = {"left_out": given.history(dataset, settings["split"], settings["leave_out_history"])}
+    no_words = given.without_words(dataset)
+    if no_words.any():
+        extra["keep"] = ~no_words
     if leave_out_items is not None:
-        extra["keep"] = ~given.items_left_out(Path(leave_out_items), dataset)
+        extra["keep"] = ~(no_words | given.items_left_out(Path(leave_out_items), dataset))
         made_from["leave_out_items"] = artifacts.hash_file(leave_out_items)
     return extra
 
