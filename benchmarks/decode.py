@@ -192,7 +192,7 @@ def t5x_sample(model, params, prompts):
     theirs = models.DecoderOnlyModel(module, seqio.PassThroughVocabulary(VOCAB), None)
     users, length = prompts.shape
     # T5X reads a prompt behind its start token 0, which stands here for the first of ours. The row ends where NEW
-    # tokens are written: the last of them is not read. What is behind the prompt is masked by `decoder_causal_attention`.
+    # tokens are written: the last of them is not read. `decoder_causal_attention` masks what is behind the prompt.
     tokens = np.zeros((users, length + NEW - 1), np.int32)
     tokens[:, 1:length] = prompts[:, 1:]
     read = np.broadcast_to(np.arange(tokens.shape[1]) < length, tokens.shape).astype(np.int32)

@@ -420,11 +420,19 @@ def test_bad_settings_are_named(dataset, small_run, tmp_path, settings, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_is_too_small_is_named(dataset, small_run, tmp_path):
-    most = SETTINGS | {"batch_users": 2**31 - 1, "num_samples": 32_767}  # more than a process can address
-    message = r"does not fit into memory \(.*\); lower one of decode.batch_users=2147483647, decode.num_samples=32767"
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no 85 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 85 GiB")],
+    ids=["host", "XLA"],
+)
+def test_memory_that_is_too_small_is_named(dataset, small_run, tmp_path, monkeypatch, error):
+    def too_much(*_):
+        raise error
+
+    monkeypatch.setattr(Writer, "complete", too_much)
+    message = r"does not fit into memory \(.*no 85 GiB\); lower one of decode.batch_users=8, decode.num_samples=3"
     with pytest.raises(CalrecError, match=message):
-        decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **most)
+        decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **SETTINGS)
     assert not list((tmp_path / "out").glob("part-*"))
 
 
