@@ -307,11 +307,14 @@ class Line:
         dataset = self._dataset(self.target)
         index = BM25Index(dataset.texts)
         print(doctor.report(self.target, doctor.examine(index, dataset.texts)), flush=True)
+        if index.without_words.size:
+            print(f"  without a word: {', '.join(dataset.item_ids[index.without_words[:10]])}", flush=True)
         for name in self.decodes:
             folder = self.layout.completions(self.split, name)
             if not (folder / artifacts.MANIFEST).exists():
                 print(f"completions {folder.name}: none yet", flush=True)
                 continue
+            artifacts.check_files(folder, artifacts.read_manifest(folder, kind="completions"))
             distinct, count = Completions(folder, dataset, ["texts"], missing="skip").distinct_texts()
             print(doctor.report_texts(folder.name, doctor.examine_texts(index, dataset.texts, distinct, count)))
 
