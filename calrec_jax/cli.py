@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ _ALLOCATOR = {
 }
 _ALLOCATOR_SWITCH = "CALREC_ALLOCATOR"
 _COMPUTING = ("train", "decode", "baselines", "eval_tasks", "run", "quickstart")
-_ON_HOSTS = ("train",)
+_ON_HOSTS = ("train", "decode", "run")
 _SPLIT = {"choices": ("validation", "test"), "help": "in place of run.split"}
 
 
@@ -62,17 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CalrecError as error:
         message = str(error).split("\n  In call to configurable")[0]  # where gin was when it passed the error on
         print(f"calrec: error: {message}", file=sys.stderr)
-        hosts.leave(1)
+        hosts.leave(1, message)
         return 1
     except Stopped as stopped:
         print(stopped, flush=True)
         return 0
     except KeyboardInterrupt:
         print("\ncalrec: interrupted; running the same command again resumes", file=sys.stderr)
+        hosts.leave(130, "interrupted")
         return 130
     except BrokenPipeError:  # e.g. `calrec … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:  # a mistake of ours
+        if hosts.joined():
+            traceback.print_exc()
+            hosts.leave(1, f"{type(error).__name__}: {error}")
+        raise
     return 0
 
 
@@ -258,7 +265,8 @@ def _export(line: Line, arguments: argparse.Namespace) -> None:
 
 def _run_line(line: Line, arguments: argparse.Namespace) -> None:
     line.run()
-    _say_next(line, arguments)
+    if hosts.is_first():
+        _say_next(line, arguments)
 
 
 def _compile(line: Line, arguments: argparse.Namespace) -> None:
@@ -326,6 +334,19 @@ def _two_steps(text: str) -> tuple[int, int]:
 
 
 _RUN = "--gin_file=runs/scientific_reproduction.gin --run_dir=runs/sci"
+_HOSTS: dict[str, dict] = {
+    "multihost": {"action": "store_true", "help": "one of several hosts that find each other (TPU VMs, Slurm)"},
+    "coordinator_address": {"metavar": "HOST:PORT", "help": "of process 0, where hosts do not find each other"},
+    "process_count": {"type": int, "metavar": "N", "help": "processes of the run"},
+    "process_index": {"type": int, "metavar": "I", "help": "of this one, from 0"},
+    "join_seconds": {"type": int, "default": 300, "metavar": "S", "help": "how long to wait for all at the start"},
+    "heartbeat_seconds": {
+        "type": int,
+        "default": 100,
+        "metavar": "S",
+        "help": "silence after which one counts as dead",
+    },
+}
 _SUBSET_HELP = "which reviews; benchmark is the official split of 2023; default: 5core where there is one, else full"
 _VERBS = {
     "prepare": _Verb(
@@ -345,17 +366,6 @@ _VERBS = {
             "type": _two_steps,
             "metavar": "FIRST:LAST",
             "help": "trace these steps into the stage's folder profile/ (TensorBoard, Perfetto), e.g. 20:25",
-        },
-        multihost={"action": "store_true", "help": "one of several hosts that find each other (TPU VMs, Slurm)"},
-        coordinator_address={"metavar": "HOST:PORT", "help": "of process 0, where hosts do not find each other"},
-        process_count={"type": int, "metavar": "N", "help": "processes of the run"},
-        process_index={"type": int, "metavar": "I", "help": "of this one, from 0"},
-        join_seconds={"type": int, "default": 300, "metavar": "S", "help": "how long to wait for all at the start"},
-        heartbeat_seconds={
-            "type": int,
-            "default": 100,
-            "metavar": "S",
-            "help": "silence after which one counts as dead",
         },
     ),
     "decode": _Verb(
@@ -516,7 +526,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or NAME=RUN,RUN,… for several seeds")
         elif verb.call is not None:
             _add_gin_flags(one)
-        for option, settings in verb.options.items():
+        for option, settings in (verb.options | (_HOSTS if name in _ON_HOSTS else {})).items():
             one.add_argument(f"--{option}", **settings)
     return parser
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import gin
 
-from calrec_jax import artifacts
+from calrec_jax import artifacts, hosts
 from calrec_jax.baselines import split_name
 from calrec_jax.config import Config
 from calrec_jax.errors import CalrecError
@@ -413,10 +413,10 @@ class Line:
             export(folder, format, origin, self._dataset(self.target), self.layout.tokenizer)
 
     def steps(self) -> list[Callable[[], None]]:
-        """The whole line, in order."""
+        """The whole line, in order; of several hosts all train and decode, and the first does the rest alone."""
         return [
-            *(functools.partial(self.prepare, category) for category in self.all_categories),
-            *([self.vocab] if self.stages else []),  # nothing else reads the tokenizer
+            *(_by_first(f"prepare {category}", self.prepare, category) for category in self.all_categories),
+            *([_by_first("vocab", self.vocab)] if self.stages else []),  # nothing else reads the tokenizer
             *(functools.partial(self.train, stage) for stage in self.stages),
             *self.steps_after_training(),
         ]
@@ -427,21 +427,25 @@ class Line:
         steps = [decodes.pop(name) for name in self.decodes if name not in self.candidates]
         for name, decode in self.rankings.items():
             steps += [decodes.pop(decode)] if decode in decodes else []
-            steps.append(functools.partial(self.rank, name))
+            steps.append(_by_first(f"rank {name}", self.rank, name))
         return [
             *steps,
             *decodes.values(),
-            *(functools.partial(self.baseline, name) for name in self.baselines),
-            self.evaluate,
+            *(_by_first(f"baseline {name}", self.baseline, name) for name in self.baselines),
+            _by_first("evaluate", self.evaluate),
         ]
 
     def run(self) -> None:
-        """Runs the line, which ends in the report's table, and prints what was made and the seconds of each step."""
+        """Runs the line, which ends in the report's table, and prints what was made and the seconds of each step.
+
+        Each of several hosts that were joined calls it.
+        """
         if self.validate and self.split == "test":
             dataclasses.replace(self, split="validation").run()
         for step in self.steps():
             step()
-        print_summary(self.layout, self.split)
+        if hosts.is_first():
+            print_summary(self.layout, self.split)
 
     # What the steps read.
 
@@ -491,6 +495,8 @@ class Line:
 
     def _add_seconds(self, name: str, seconds: float, devices: tuple[str, int] | None = None) -> None:
         """Adds to what a step took; `devices` (platform, how many) computed for it, which gives its device-seconds."""
+        if not hosts.is_first():
+            return
         steps = {step["step"]: step for step in _read_steps(self.layout)}
         own = steps.setdefault(name, {"step": name, "seconds": 0.0})
         if devices is not None:
@@ -499,6 +505,11 @@ class Line:
         own["seconds"] = round(own["seconds"] + seconds, 3)
         total = round(sum(step["seconds"] for step in steps.values()), 3)
         artifacts.write_json(self.layout.timing, {"steps": list(steps.values()), "seconds": total})
+
+
+def _by_first(name: str, step: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    """A step that the first of several hosts does alone."""
+    return functools.partial(hosts.first_alone, name, functools.partial(step, *arguments))
 
 
 _COMPUTING = ("train", "decode")

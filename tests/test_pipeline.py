@@ -121,7 +121,11 @@ def test_the_whole_line(rooms, line, capsys):
 def test_the_programs_of_a_finished_step_are_dropped(rooms, line, monkeypatch):
     at = []
     devices = [types.SimpleNamespace(platform="gpu")] * 4
-    fake = types.SimpleNamespace(clear_caches=lambda: at.append(len(rooms.calls)), devices=lambda: devices)
+    fake = types.SimpleNamespace(
+        clear_caches=lambda: at.append(len(rooms.calls)),
+        devices=lambda: devices,
+        distributed=types.SimpleNamespace(is_initialized=lambda: False),
+    )
     monkeypatch.setitem(sys.modules, "jax", fake)
     line.run()
     assert at == list(range(1, 12))
