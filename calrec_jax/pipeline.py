@@ -424,7 +424,7 @@ class Line:
     def steps_after_training(self) -> list[Callable[[], None]]:
         """Decodes, rankings, baselines and report; a decode that scores a ranking comes after it."""
         decodes = {name: functools.partial(self.decode, name) for name in self.decodes}
-        steps = [decodes.pop(name) for name in self.decodes if name not in self.candidates]
+        steps: list[Callable[[], None]] = [decodes.pop(name) for name in self.decodes if name not in self.candidates]
         for name, decode in self.rankings.items():
             steps += [decodes.pop(decode)] if decode in decodes else []
             steps.append(_by_first(f"rank {name}", self.rank, name))

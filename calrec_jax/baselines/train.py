@@ -190,9 +190,9 @@ def _fit(out: Path, plan: _Plan, dataset: Dataset) -> dict[str, Any]:
             value = _validate(hidden, state.params, validation)
             state = _watch(state, value)
             log.epoch(state, loss, value, trained - start, time.monotonic() - trained)
-            # Of one of several processes, orbax saves no arrays that are on its own devices alone. The manager's best is
-            # the least.
-            ckpt.save(checkpoints, int(state.epoch), jax.device_get(state) if hosts.joined() else state, -value)
+            # Of one of several processes, orbax saves no arrays that lie on its own devices.
+            saved = jax.device_get(state) if hosts.joined() else state
+            ckpt.save(checkpoints, int(state.epoch), saved, -value)  # the manager's best is the least
         with artifacts.disk_errors(out):
             checkpoints.wait_until_finished()
         best = checkpoints.best_step()
