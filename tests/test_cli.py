@@ -9,6 +9,7 @@ import pytest
 
 from calrec_jax import __version__, cli
 from calrec_jax.errors import CalrecError
+from calrec_jax.hosts import Hosts
 
 VERBS = (
     "prepare", "vocab", "train", "decode", "rank", "baselines", "doctor", "evaluate", "compare", "eval_tasks", "run",
@@ -96,6 +97,14 @@ def test_bindings_are_taken_out_of_the_arguments():
     arguments = cli._parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
     assert arguments.bindings == ["A=1", "stage1/train.steps=2"]
     assert arguments.gin_file == ["x.gin", "y.gin"]
+
+
+@pytest.mark.parametrize("verb", ["train", "decode", "run"])
+def test_verbs_of_several_hosts_are_told_which_one_this_is(verb):
+    named = ["--coordinator_address=a:1", "--process_count=3", "--process_index=2", "--heartbeat_seconds=7"]
+    assert cli._hosts(cli._parse([verb, *named])) == Hosts("a:1", 3, 2, heartbeat_seconds=7)
+    assert cli._hosts(cli._parse([verb, "--multihost"])).several and not cli._hosts(cli._parse([verb])).several
+    assert not cli._hosts(cli._parse(["rank"])).several
 
 
 def test_a_window_of_steps_is_two_numbers(capsys):

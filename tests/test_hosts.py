@@ -22,7 +22,7 @@ from calrec_jax.train.loop import train
 
 PLAIN = SETTINGS + "\nTransformerConfig.dropout_rate = 0.0\n"
 SCRIPT = """
-import json, os, sys
+import json, os, pathlib, sys
 from calrec_jax import hosts
 spec = json.loads(sys.argv[1])
 run = hosts.Hosts(spec["address"], spec["count"], spec["index"], join_seconds=60, heartbeat_seconds=10)
@@ -46,7 +46,9 @@ def training_batch(stream, step, **options):
     return real(stream, step, **options)
 feed.training_batch = training_batch
 try:
-    train(spec["out"], [Dataset.load(f) for f in spec["datasets"]], Tokenizer.load(spec["tokenizer"]))
+    start = spec.get("init_from") and pathlib.Path(spec["init_from"])
+    datasets = [Dataset.load(f) for f in spec["datasets"]]
+    train(spec["out"], datasets, Tokenizer.load(spec["tokenizer"]), init_from=start)
 except CalrecError as error:
     print("CalrecError:", error, flush=True)
     os._exit(1)
@@ -115,6 +117,21 @@ def test_several_processes_train_what_one_does(small_run, alone, tmp_path, count
         assert f"process {index} of {count}" in output
         assert ("train: step 6/6" in output) == (index == 0), "one process writes the log"
     assert_close(tmp_path / "stage1", alone)
+
+
+@pytest.mark.parametrize("more", ["", pytest.param("LoraConfig.rank = 2", marks=pytest.mark.slow)], ids=["all", "lora"])
+def test_several_processes_start_from_a_checkpoint_as_one_does(small_run, alone, tmp_path, more):
+    """Each reads the parameters of the start for its own part of the mesh; the base of adapters, too."""
+    settings = f"{PLAIN}train.num_steps = 3\n{more}\n"
+    spread = "train.mesh_shape = (1, 1, 2, 1)"
+    results = run_processes(small_run, tmp_path / "two", 2, settings + spread, init_from=str(alone))
+    assert [status for _, status in results] == [0, 0], "\n".join(output for output, _ in results)
+    gin.clear_config()
+    gin.parse_config(settings)
+    one = train(tmp_path / "one", small_run.datasets, small_run.tokenizer, init_from=alone)
+    assert_close(tmp_path / "two", one)
+    first, scratch = (json.loads((f / "metrics.jsonl").read_text().splitlines()[0]) for f in (one, alone))
+    assert first["step"] == scratch["step"] and first["loss_next_item"] < scratch["loss_next_item"]
 
 
 def test_two_hosts_become_one(small_run, alone, tmp_path):
