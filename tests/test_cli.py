@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from calrec_jax import __version__, cli
+from calrec_jax import __version__, allocator, cli, verbs
 from calrec_jax.errors import CalrecError
 from calrec_jax.hosts import Hosts
 
@@ -94,7 +94,7 @@ def test_unknown_options_are_refused(capsys):
 
 
 def test_bindings_are_taken_out_of_the_arguments():
-    arguments = cli._parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
+    arguments = verbs.parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
     assert arguments.bindings == ["A=1", "stage1/train.steps=2"]
     assert arguments.gin_file == ["x.gin", "y.gin"]
 
@@ -102,15 +102,15 @@ def test_bindings_are_taken_out_of_the_arguments():
 @pytest.mark.parametrize("verb", ["train", "decode", "run"])
 def test_verbs_of_several_hosts_are_told_which_one_this_is(verb):
     named = ["--coordinator_address=a:1", "--process_count=3", "--process_index=2", "--heartbeat_seconds=7"]
-    assert cli._hosts(cli._parse([verb, *named])) == Hosts("a:1", 3, 2, heartbeat_seconds=7)
-    assert cli._hosts(cli._parse([verb, "--multihost"])).several and not cli._hosts(cli._parse([verb])).several
-    assert not cli._hosts(cli._parse(["rank"])).several
+    assert cli._hosts(verbs.parse([verb, *named])) == Hosts("a:1", 3, 2, heartbeat_seconds=7)
+    assert cli._hosts(verbs.parse([verb, "--multihost"])).several and not cli._hosts(verbs.parse([verb])).several
+    assert not cli._hosts(verbs.parse(["rank"])).several
 
 
 def test_a_window_of_steps_is_two_numbers(capsys):
-    assert cli._parse(["train", "--profile_steps=20:25"]).profile_steps == (20, 25)
+    assert verbs.parse(["train", "--profile_steps=20:25"]).profile_steps == (20, 25)
     with pytest.raises(SystemExit):
-        cli._parse(["train", "--profile_steps=20"])
+        verbs.parse(["train", "--profile_steps=20"])
     assert "'20' is not FIRST:LAST" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ SCRIPT = """
 AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
 
 
-@pytest.mark.skipif(not cli._has_glibc(), reason="the allocator's settings are glibc's")
+@pytest.mark.skipif(not allocator.has_glibc(), reason="the allocator's settings are glibc's")
 @pytest.mark.parametrize(
     ("verb", "environment", "expected"),
     [
@@ -171,7 +171,7 @@ AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
 def test_computing_verbs_start_once_more_with_the_allocator_set(tmp_path, verb, environment, expected):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(verb=verb)))
-    names = (*cli._ALLOCATOR, cli._ALLOCATOR_SWITCH)
+    names = (*allocator.SETTINGS, allocator.SWITCH)
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-X", "dev", str(script)],
