@@ -130,6 +130,7 @@ def leave(status: int, reason: str = "") -> None:
     """
     if not os.environ.get(_CHILD):
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes twice: from the terminal, and from `supervise`
     if status and joined():
         with contextlib.suppress(Exception):  # they may be gone
             if not _service().key_value_dir_get(_FAILED):  # else another one is the reason, and is said to be

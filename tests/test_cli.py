@@ -130,6 +130,19 @@ def test_exit_status(error, status, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_mistake_of_ours_is_told_to_the_other_hosts(capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("odd")
+
+    left = []
+    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr("calrec_jax.hosts.joined", lambda: True)
+    monkeypatch.setattr("calrec_jax.hosts.leave", lambda *reason: left.append(reason))
+    with pytest.raises(ValueError, match="odd"):
+        cli.main(["run"])
+    assert left == [(1, "ValueError: odd")] and "Traceback" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_a_mistake_that_can_be_mended(tmp_path, capsys, monkeypatch):
     class FullDisk:
         run_dir = str(tmp_path / "run")

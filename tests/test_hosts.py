@@ -218,6 +218,8 @@ def test_hosts_that_were_not_joined_are_named(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(CalrecError, match="one of 4 hosts, and they were not joined: start .* with --multihost"):
         hosts.processes()
+    with pytest.raises(CalrecError, match="were not joined"):
+        train("nowhere", [], None, num_steps=1)
 
 
 def test_a_process_that_never_joins_is_waited_for_and_then_named(tmp_path):
