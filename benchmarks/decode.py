@@ -1,13 +1,17 @@
-"""Decoding speed: samples against Hugging Face on the same weights, constrained beams against free ones, growth.
+"""Decoding speed: samples against Hugging Face and T5X, constrained beams against free ones, growth.
 
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=peer --prompt=256
+    JAX_PLATFORMS=cpu python benchmarks/decode.py --part=peer --prompt=256 --peer=t5x    # where docs/t5x.md is followed
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=trie --items=1000000
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=beam --run_dir=RUN    # any run: its catalogue and its users
     JAX_PLATFORMS=cpu python benchmarks/decode.py --part=growth
 
-`peer` needs the extra `bench`; with --peer=none it prints our figure alone. Both sides write 32 samples of exactly 32
-tokens a user at T = 0.5, in turns, and the medians of the rounds are printed: of the clock, and of the processor time,
-which other work on the machine changes less. Compilation is left out, and printed apart where it is ours.
+`peer` is against `generate` of transformers (extra `bench`), against T5X with --peer=t5x, or prints our figure alone
+with --peer=none. Both sides write 32 samples of exactly 32 tokens a user at T = 0.5, in turns, and the medians of the
+rounds are printed: of the clock, and of the processor time, which other work on the machine changes less. Compilation
+is left out, and printed apart where it is ours. Both peers have our weights. T5X runs as its users run it, its
+`DecoderOnlyModel` over its example decoder, which knows positions by T5's biases and not by RoPE. That decoder is not
+in T5X's installed package: a checkout of T5X must be in PYTHONPATH.
 """
 
 import argparse
@@ -36,7 +40,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (peer)")
     parser.add_argument("--users", type=int, default=32, help="users a round (peer), or in all (beam)")
     parser.add_argument("--batch_users", type=int, default=32)
-    parser.add_argument("--peer", default="transformers", choices=("transformers", "none"))
+    parser.add_argument("--peer", default="transformers", choices=("transformers", "t5x", "none"))
     parser.add_argument("--peer_users", type=int, default=1, help="users a round of the peer, which is slower")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--beams", type=int, default=50)
@@ -96,19 +100,20 @@ def peer(arguments):
     )  # fmt: skip
     ours = random_batch(arguments.users, arguments.prompt)
     sampler(ours)
-    sides, users = {"calrec": lambda: sampler(ours)}, {"calrec": arguments.users, "transformers": arguments.peer_users}
-    if arguments.peer == "transformers":
-        theirs = transformers_generate(model, params, ours.tokens[: arguments.peer_users])
+    sides, users = {"calrec": lambda: sampler(ours)}, {"calrec": arguments.users}
+    if arguments.peer != "none":
+        prompts = ours.tokens[: arguments.peer_users]
+        theirs = PEERS[arguments.peer](model, params, prompts)
         theirs()
-        sides["transformers"] = theirs
+        sides[arguments.peer], users[arguments.peer] = theirs, len(prompts)
     print(
         f"{SAMPLES} samples of {NEW} tokens, prompt {arguments.prompt}; compiling took {sampler.compiled.seconds:.1f} s"
     )
     figures = interleaved(sides, arguments.rounds)
     for name, (clock, processor) in figures.items():
         print(f"  {name:<14}{users[name] / clock:9.3f} users/s, {processor / users[name]:8.2f} processor s a user")
-    if "transformers" in figures:
-        each = [[figures[name][i] / users[name] for i in (0, 1)] for name in ("transformers", "calrec")]
+    if arguments.peer in figures:
+        each = [[figures[name][i] / users[name] for i in (0, 1)] for name in (arguments.peer, "calrec")]
         ratio = [theirs / ours for theirs, ours in zip(*each, strict=True)]
         print(f"  calrec is {ratio[0]:.1f} times as fast by the clock, {ratio[1]:.1f} times by processor time")
     c = model.config
@@ -166,6 +171,73 @@ def transformers_generate(model, params, prompts):
         assert out.shape == (len(prompts) * SAMPLES, prompts.shape[1] + NEW)
 
     return generate
+
+
+def t5x_sample(model, params, prompts):
+    """`temperature_sample(num_decodes=32)` by T5X's `DecoderOnlyModel` over its example decoder, with our weights.
+
+    Their logits are checked first: without T5's biases, and with all of our tokens at one position, the two agree.
+    """
+    import jax
+    import seqio
+    from t5x import models
+    from t5x.examples.decoder_only import network
+
+    c = model.config
+    sizes = network.TransformerConfig(
+        vocab_size=VOCAB, emb_dim=c.embed_dim, num_heads=c.num_heads, num_layers=c.num_layers, head_dim=c.head_width,
+        mlp_dim=c.mlp_dim, mlp_activations=("silu", "linear"), dropout_rate=0.0, logits_via_embedding=True,
+    )  # fmt: skip
+    module = network.DecoderWrapper(sizes)
+    theirs = models.DecoderOnlyModel(module, seqio.PassThroughVocabulary(VOCAB), None)
+    users, length = prompts.shape
+    # T5X reads a prompt behind its start token 0, which stands here for the first of ours. The row ends where NEW
+    # tokens are written: the last of them is not read. `decoder_causal_attention` masks what is behind the prompt.
+    tokens = np.zeros((users, length + NEW - 1), np.int32)
+    tokens[:, 1:length] = prompts[:, 1:]
+    read = np.broadcast_to(np.arange(tokens.shape[1]) < length, tokens.shape).astype(np.int32)
+    batch = {"decoder_input_tokens": tokens, "decoder_causal_attention": read}
+    layers = jax.tree.map(np.asarray, params["layers"])
+    own = {
+        "token_embedder": {"embedding": params["embedding"] * c.embed_dim**0.5},  # they divide the logits by as much
+        "decoder_norm": params["final_norm"],
+        "relpos_bias": {"rel_embedding": np.zeros((c.num_heads, 32), np.float32)},
+    }
+    for i in range(c.num_layers):
+        layer = jax.tree.map(lambda x, i=i: x[i], layers)
+        kernels = {name: layer[name]["kernel"].reshape(c.embed_dim, -1) for name in ("query", "key", "value")}
+        kernels["query"] = kernels["query"] * c.head_width**-0.5  # their attention does not scale
+        kernels["out"] = layer["output"]["kernel"].reshape(-1, c.embed_dim)
+        own[f"layers_{i}"] = {
+            "self_attention": {name: {"kernel": kernel} for name, kernel in kernels.items()},
+            "mlp": {name: layer[ours] for name, ours in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))},
+            "pre_self_attention_layer_norm": layer["attention_norm"],
+            "pre_mlp_layer_norm": layer["mlp_norm"],
+        }
+    own = jax.tree.map(jax.numpy.asarray, {"decoder": own})
+    shown = tokens[:, :length]
+    expected = model.apply({"params": params}, shown, np.zeros_like(shown), np.ones_like(shown))
+    found = module.apply({"params": own}, shown, np.ones_like(shown), enable_dropout=False)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+    @jax.jit
+    def predict(params, batch, rng):
+        options = {"temperature": TEMPERATURE, "topk": 0, "eos_id": VOCAB}
+        return theirs.predict_batch_with_aux(
+            params, batch, rng, return_all_decodes=True, num_decodes=SAMPLES, decoder_params=options
+        )  # fmt: skip
+
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+    def sample():
+        out, scores = (np.asarray(x) for x in jax.tree.leaves(predict(own, batch, next(keys))))
+        assert out[..., :NEW].shape == (*scores.shape, NEW) == (users, SAMPLES, NEW)
+        assert np.isfinite(scores).all()
+
+    return sample
+
+
+PEERS = {"transformers": transformers_generate, "t5x": t5x_sample}
 
 
 def synthetic_catalogue(items, seed=0):

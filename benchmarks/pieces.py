@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from calrec_jax.models import attention
+from calrec_jax.models.packed_attention import packed_attention
 
 B, L, H, C, D, F = 32, 256, 4, 32, 128, 352
 
@@ -37,7 +38,7 @@ def main():
     for block in (256, 128, 64):
         report(
             f"attention, query blocks of {block}",
-            lambda q, k, v, block=block: attention.packed_attention(q, k, v, segments, block),
+            lambda q, k, v, block=block: packed_attention(q, k, v, segments, block),
             *heads,
         )
     report("rotary embedding of queries", lambda q: attention.apply_rope(q, sin, cos), heads[0])

@@ -4,14 +4,15 @@
     python benchmarks/train_peer.py --gin_file=runs/scientific_reproduction.gin --run_dir=RUN --peer_python=PYTHON
 
 One line for each size and row length: our step, the peer as people run it (each example a row, padded to the longest),
-and the peer over the very rows that we pack (block-diagonal masks). All have both losses of CALRec, float32, AdamW and
-clipping; the peer, too, makes logits at weighted places alone. PYTHON is one that has torch and transformers.
+and the peer over the very rows that we pack (block-diagonal masks). All start from the same weights, so that the losses
+of their first steps, printed last, are the same; all have both losses of CALRec, float32, AdamW and clipping; the peer,
+too, makes logits at weighted places alone. A rate is that of the fastest of --steps steps: what else a machine does
+only ever adds. PYTHON is one that has torch and transformers.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,9 +72,11 @@ def compare(arguments, size, row_tokens):
     examples = batching.examples(line.datasets([line.target]), tokenizer, "train")
     batch = PackedStream(examples, batching.packing(), seed=0).batch(0)
     real = int(np.count_nonzero(batch["decoder_segment_ids"]))
-    loss, seconds = ours(SIZES[size], batch, tokenizer.vocab_size, arguments.steps)
+    weights, step = ours(SIZES[size], batch, tokenizer.vocab_size)
+    loss, seconds = timed(step, arguments.steps)
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-        np.savez(file, settings=json.dumps([SIZES[size], tokenizer.vocab_size, arguments.steps]), **batch)
+        settings = json.dumps([SIZES[size], tokenizer.vocab_size, arguments.steps])
+        np.savez(file, settings=settings, **batch, **weights)
         file.flush()
         done = subprocess.run(
             [arguments.peer_python, __file__, "--peer", file.name], capture_output=True, text=True, check=False
@@ -92,35 +95,46 @@ def compare(arguments, size, row_tokens):
 
 
 def timed(step, steps):
-    """(the first step's loss, median seconds of a step after it)."""
+    """(the first step's loss, least seconds of a step after it)."""
     loss, seconds = step(), []
     for _ in range(steps):
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
-    return loss, statistics.median(seconds)
+    return loss, min(seconds)
 
 
-def ours(sizes, batch, vocab_size, steps):
+def ours(sizes, batch, vocab_size):
+    """(weights by the peer's names before the first step, a step that gives its loss)."""
     import jax
+    import numpy as np
 
     from calrec_jax.losses import LossConfig
     from calrec_jax.models.transformer import Transformer, TransformerConfig
+    from calrec_jax.pretrained.tensors import leaves
     from calrec_jax.train import step as training
     from calrec_jax.train.optimizer import OptimizerConfig
 
-    model = Transformer(TransformerConfig(**sizes, dropout_rate=0.0, scan_layers=False), vocab_size)
+    # Llama's function; blocks of 64 and small chunks of logits suit a CPU's caches.
+    config = TransformerConfig(**sizes, scale_embeddings=False, dropout_rate=0.0, scan_layers=False, attention_block=64)
+    model, loss_config = Transformer(config, vocab_size), LossConfig(ALPHA, BETA, TEMPERATURE, chunk=16)
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE).transformation(1000)
     mesh = training.make_mesh()
     state, shardings = training.init_state(model, optimizer, mesh, 0)
-    train_step = training.make_train_step(model, LossConfig(ALPHA, BETA, TEMPERATURE), optimizer, 0, mesh, shardings)
+    weights = {}
+    for leaf in leaves(config, vocab_size):
+        array = np.array(leaf.of(state.params))  # a copy: the first step gives the buffer away
+        weights |= {
+            name: leaf.theirs(x) for name, x in zip(leaf.names(), array if leaf.layers else [array], strict=True)
+        }
+    train_step = training.make_train_step(model, loss_config, optimizer, 0, mesh, shardings)
     holder = [state]
 
     def step():
         holder[0], metrics = train_step(holder[0], batch)
         return float(jax.block_until_ready(metrics)["loss"])
 
-    return timed(step, steps)
+    return weights, step
 
 
 def peer(path):
@@ -136,12 +150,12 @@ def peer(path):
         num_hidden_layers=sizes["num_layers"], num_attention_heads=sizes["num_heads"],
         num_key_value_heads=sizes["num_kv_heads"], hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-6,
         max_position_embeddings=2048, tie_word_embeddings=True, attn_implementation="sdpa",
-        initializer_range=sizes["embed_dim"] ** -0.5,
     )  # fmt: skip
+    weights = {name: torch.tensor(batch.pop(name)) for name in [*batch] if name.endswith(".weight")}
     found = {}
     for name, prepare in (("padded", padded), ("packed", packed)):
-        torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config)
+        model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )

@@ -22,11 +22,14 @@ def doctor(line: Line) -> None:
     dataset = line.dataset(line.target)
     index = BM25Index(dataset.texts)
     print(grounding.report(line.target, grounding.examine(index, dataset.texts)), flush=True)
+    if index.without_words.size:
+        print(f"  without a word: {', '.join(dataset.item_ids[index.without_words[:10]])}", flush=True)
     for name in line.decodes:
         folder = line.layout.completions(line.split, name)
         if not (folder / artifacts.MANIFEST).exists():
             print(f"completions {folder.name}: none yet", flush=True)
             continue
+        artifacts.check_files(folder, artifacts.read_manifest(folder, kind="completions"))
         distinct, count = Completions(folder, dataset, ["texts"], missing="skip").distinct_texts()
         print(grounding.report_texts(folder.name, grounding.examine_texts(index, dataset.texts, distinct, count)))
 

@@ -1,10 +1,10 @@
 """The training objective of CALRec (Li et al., RecSys 2024): L = (1 − α − β)·L_NIG + α·L_TT + β·L_UT.
 
-Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front of
-their row and run through the vocabulary in chunks of columns, as many chunks as the fullest row needs; the same pass
-makes the gradient (a custom VJP), so logits are computed once and only where a token is weighted. All functions are
-pure and work on a whole, possibly sharded, batch: in-batch negatives are global. Over a mesh each device runs the
-chunks of its own rows, and the gradients of the embedding are summed once, behind the last chunk.
+Notable: next-item generation never materialises the logits of a batch. Places that bear loss are moved to the front and
+run through the vocabulary in chunks, as many as they fill; the same pass makes the gradient (a custom VJP), so logits
+are computed once and only where a token is weighted. All functions are pure and work on a whole, possibly sharded,
+batch: in-batch negatives are global. Over a mesh each device runs the chunks of its own rows, and the gradients of the
+embedding are summed once, behind the last chunk.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LossConfig:
       mask_same: leave out negatives of the same user, item or text.
       normalise: L_NIG divides by the sum of weights over "tokens", or is a mean over "examples" of each one's weighted
         mean.
-      chunk: columns of a row whose logits exist at once.
+      chunk: places whose logits exist at once, a row of the batch: B · chunk of a device's B rows.
     """
 
     alpha: float = 0.125
@@ -105,7 +105,7 @@ def weighted_token_loss(
       embedding: [V, D] float32.
       targets: [B, L] int32.
       weights: [B, L] float32, at least 0; places of weight 0 cost nothing.
-      chunk: columns at once.
+      chunk: columns at once; with `rows`, B · chunk places of whichever of a device's B rows.
       soft_cap: of the logits, which become cap · tanh(logit / cap).
       rows: where the rows lie on a mesh; None: on one device, or wherever the partitioner finds them.
 
@@ -121,13 +121,15 @@ def _by_device(function, rows: NamedSharding | None, results: int):
     Left to the partitioner, the loop over chunks sums the table's gradient over all devices at every turn. The mesh's
     other axes, over which the table may be split, stay the partitioner's.
     """
-    if rows is None or rows.mesh.size == 1:
+    if rows is None:
         return function
+    if rows.mesh.size == 1:
+        return _as_one_row(function)
     axes, spec = rows.spec[0], PartitionSpec(rows.spec[0])
     names = {axes} if isinstance(axes, str) else set(axes)
 
     def local(hidden, embedding, targets, weights, chunk, soft_cap):
-        found = function(hidden, embedding, targets, weights, chunk, soft_cap)
+        found = _as_one_row(function)(hidden, embedding, targets, weights, chunk, soft_cap)
         if results == 1:
             return jax.lax.psum(found, axes)
         total, d_hidden, d_embedding = found
@@ -142,6 +144,18 @@ def _by_device(function, rows: NamedSharding | None, results: int):
             axis_names=names,
             check_vma=False,  # the loops' starts are the same everywhere, what they carry is not
         )(hidden, embedding, targets, weights)
+
+    return over
+
+
+def _as_one_row(function):
+    """`function` of a device's rows as if they were one: as many chunks as all fill, not as the fullest row needs."""
+
+    def over(hidden, embedding, targets, weights, chunk, soft_cap):
+        rows, width = hidden.shape[0], hidden.shape[-1]
+        one = hidden.reshape(1, -1, width), embedding, targets.reshape(1, -1), weights.reshape(1, -1)
+        found = function(*one, chunk * rows, soft_cap)
+        return (found[0], found[1].reshape(hidden.shape), found[2]) if isinstance(found, tuple) else found
 
     return over
 

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
-from calrec_jax.models import attention, attention_kernels
+from calrec_jax.models import attention_kernels
 from calrec_jax.models.attention_kernels import Scope, splash_attention
+from calrec_jax.models.packed_attention import packed_attention
 from calrec_jax.models.transformer import Transformer, TransformerConfig
 from calrec_jax.train.step import MESH_AXES
 
@@ -66,7 +67,7 @@ def test_the_kernels_gradient_is_that_of_xlas_attention():
         return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x)) * real), argnums=(0, 1, 2)))(q, k, v)
 
     kernel = gradient(lambda q, k, v: splash_attention(q, k, v, segments))
-    plain = gradient(lambda q, k, v: attention.packed_attention(q, k, v, segments, 64))
+    plain = gradient(lambda q, k, v: packed_attention(q, k, v, segments, 64))
     for one, other in zip(kernel, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 

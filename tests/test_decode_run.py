@@ -278,8 +278,21 @@ def test_items_out_of_stock_and_histories_are_left_out(dataset, small_run, tmp_p
         stock
     )
     stock.write_text("item_id\n" + "\n".join(dataset.item_ids) + "\n")
-    with pytest.raises(CalrecError, match="catalogue has no items that are not left out"):
+    with pytest.raises(CalrecError, match="catalogue has no items that are not left out and have a text"):
         decode(tmp_path / "none", dataset, small_run.tokenizer, "stage", **asked)
+
+
+def test_items_without_words_are_named_and_no_constrained_completion(dataset, small_run, tmp_path, capsys):
+    texts = ["Title: Unknown." if row in (3, 7) else text for row, text in enumerate(dataset.texts)]
+    settings = {"mode": "constrained_beam", "num_beams": 32, "batch_users": 23, "with_embeddings": False}
+    partly = dataclasses.replace(dataset, texts=texts, hash="8" * 64)
+    decode(tmp_path / "beam", partly, small_run.tokenizer, "stage", **settings)
+    assert "decode: 2 items have no word in their text, 'Tools003' first; they are left out" in capsys.readouterr().out
+    expected = [item for row, item in enumerate(dataset.item_ids) if row not in (3, 7)]
+    assert all(sorted(row["item_ids"]) == expected for row in rows_of(tmp_path / "beam").values())
+    nothing = dataclasses.replace(dataset, texts=["Title: Unknown."] * 12, hash="7" * 64)
+    with pytest.raises(CalrecError, match="catalogue has no items that are not left out and have a text"):
+        decode(tmp_path / "none", nothing, small_run.tokenizer, "stage", **settings)
 
 
 def test_a_catalogue_the_model_never_saw_needs_no_training(dataset, small_run, catalogue, tmp_path):
@@ -385,6 +398,8 @@ def test_kill_nine_loses_the_shard_in_work_alone(dataset, small_run, stage, samp
         ({"temperature": float("nan")}, r"decode.temperature=nan: must be a positive number"),
         ({"num_samples": 2.5}, r"decode.num_samples=2.5: must be a positive whole number"),
         ({"mode": "constrained_beam", "num_beams": 0}, r"decode.num_beams=0: must be a positive whole number"),
+        ({"num_samples": 32_768}, r"decode.num_samples=32768: must be at most 32,767, .* that a ranking can name"),
+        ({"mode": "beam", "num_beams": 10**6}, r"decode.num_beams=1000000: must be at most 32,767"),
         ({"max_users": -1}, r"decode.max_users=-1"),
         ({"top_k": 0}, r"decode.top_k=0: must be a positive whole number"),
         ({"top_p": 1.5}, r"decode.top_p=1.5: must be at most 1"),
@@ -403,6 +418,22 @@ def test_bad_settings_are_named(dataset, small_run, tmp_path, settings, message)
     with pytest.raises(CalrecError, match=message):
         decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no 85 GiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no 85 GiB")],
+    ids=["host", "XLA"],
+)
+def test_memory_that_is_too_small_is_named(dataset, small_run, tmp_path, monkeypatch, error):
+    def too_much(*_):
+        raise error
+
+    monkeypatch.setattr(Writer, "complete", too_much)
+    message = r"does not fit into memory \(.*no 85 GiB\); lower one of decode.batch_users=8, decode.num_samples=3"
+    with pytest.raises(CalrecError, match=message):
+        decode(tmp_path / "out", dataset, small_run.tokenizer, "stage", **SETTINGS)
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def test_what_does_not_belong_together_is_refused(dataset, small_run, stage, tmp_path, monkeypatch):

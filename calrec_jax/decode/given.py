@@ -47,6 +47,19 @@ def items_left_out(path: Path, dataset: Dataset) -> np.ndarray:
     return out
 
 
+def without_words(dataset: Dataset) -> np.ndarray:
+    """[I] bool, the items whose text has no word beside the template's own; a line that is printed names them."""
+    from calrec_jax.rank.bm25 import BM25Tokenizer  # bm25s: other modes do without
+
+    words = BM25Tokenizer()
+    empty = {text for text in set(dataset.texts) if not words(text)}
+    out = np.fromiter((text in empty for text in dataset.texts), bool, len(dataset.texts))
+    if out.any():
+        first = dataset.item_ids[np.argmax(out)]
+        print(f"decode: {out.sum():,} items have no word in their text, {first!r} first; they are left out")
+    return out
+
+
 def candidates(path: Path, dataset: Dataset, most: int) -> tuple[Candidates, str]:
     """The first `most` items of each user in a folder of rankings or a Parquet file with `user_id` and `item_ids`.
 

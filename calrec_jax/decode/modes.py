@@ -15,6 +15,7 @@ from calrec_jax.decode.scoring import Candidates, Scorer, Tower
 from calrec_jax.decode.trie import build_trie
 from calrec_jax.errors import CalrecError
 from calrec_jax.models.transformer import Transformer
+from calrec_jax.rank.user_texts import MOST_COMPLETIONS
 
 # The settings that a mode reads; the others are not part of what was asked for.
 MODES: dict[str, tuple[str, ...]] = {
@@ -28,6 +29,7 @@ MODES: dict[str, tuple[str, ...]] = {
 _COUNTS = (
     "num_samples", "num_beams", "num_candidates", "max_new_tokens", "batch_users", "shard_users", "max_users", "top_k"
 )  # fmt: skip
+_OF_A_USER = ("num_samples", "num_beams", "num_candidates")
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -49,6 +51,11 @@ def check(settings: dict[str, Any]) -> None:
             raise CalrecError(f"decode.{name}={value!r}: must be a positive {'whole number' if whole else 'number'}")
         if name in ("top_p", "live_share") and value > 1:
             raise CalrecError(f"decode.{name}={value!r}: must be at most 1")
+        if name in _OF_A_USER and value > MOST_COMPLETIONS:
+            raise CalrecError(
+                f"decode.{name}={value!r}: must be at most {MOST_COMPLETIONS:,}, the completions of a user that a "
+                "ranking can name"
+            )
     seed = settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise CalrecError(f"decode.seed={seed!r}: must be a whole number from 0 to 2^32 − 1")

@@ -6,7 +6,9 @@ carries, says what it answers.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,8 @@ def decode(
       checkpoint: a finished training stage.
       split: "validation" or "test".
       mode: "sample" (the paper); "beam", the most probable texts; "stochastic_beam", samples without replacement;
-        "constrained_beam", where each completion is an item of the catalogue; "score", given items by their
-        log-probability; "tower", the users' vectors alone.
+        "constrained_beam", where each completion is an item of the catalogue whose text has a word; "score", given
+        items by their log-probability; "tower", the users' vectors alone.
       num_samples: N, samples a user; modes "sample" and "stochastic_beam".
       temperature: of sampling; log-probabilities are always at temperature 1; the same modes.
       top_k: tokens that can be drawn, None all; mode "sample".
@@ -103,7 +105,8 @@ def decode(
       `out`.
 
     Raises:
-      CalrecError: a setting is not valid, inputs do not belong together, or `out` holds other completions.
+      CalrecError: a setting is not valid, inputs do not belong together, `out` holds other completions, or memory is
+        too small for the settings.
     """
     arguments = dict(locals())
     out = Path(out)
@@ -134,7 +137,8 @@ def decode(
     writer = Writer(out, request, dataset, tokenizer, asked, decoder, seed, with_embeddings, process)
     users = _chosen(dataset.users_with(split), max_users, seed)
     users = users[asked.lengths[users] > 0]
-    written = writer.write(users, shard_users)
+    with _memory_named(settings):
+        written = writer.write(users, shard_users)
     if with_embeddings:
         path = out / shards.ITEM_EMBEDDINGS_FILE
         mine = len(written) % process[1] == process[0]  # one more shard
@@ -160,6 +164,25 @@ def decode(
         )
     hosts.barrier("manifest")
     return out
+
+
+@contextlib.contextmanager
+def _memory_named(settings: dict[str, Any]) -> Iterator[None]:
+    """Where memory is too small, names the settings that decide how much is needed."""
+    import jax
+
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        names = ("batch_users", "num_samples", "num_beams", "num_candidates", "max_new_tokens", "shard_users")
+        set_to = ", ".join(f"decode.{name}={settings[name]}" for name in names if name in settings)
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise CalrecError(
+            f"the decode does not fit into memory ({reason}); lower one of {set_to}, batch_users first: the texts stay "
+            "the same"
+        ) from error
 
 
 def _process(index: int | None, count: int | None) -> tuple[int, int]:
@@ -198,8 +221,11 @@ def _given(
     if mode != "constrained_beam":
         return {}
     extra: dict[str, Any] = {"left_out": given.history(dataset, settings["split"], settings["leave_out_history"])}
+    no_words = given.without_words(dataset)
+    if no_words.any():
+        extra["keep"] = ~no_words
     if leave_out_items is not None:
-        extra["keep"] = ~given.items_left_out(Path(leave_out_items), dataset)
+        extra["keep"] = ~(no_words | given.items_left_out(Path(leave_out_items), dataset))
         made_from["leave_out_items"] = artifacts.hash_file(leave_out_items)
     return extra
 

@@ -82,7 +82,8 @@ def build_trie(tokens: np.ndarray, offsets: np.ndarray, eos_id: int, keep: np.nd
     items = np.arange(len(offsets) - 1) if keep is None else np.flatnonzero(keep)
     if not len(items):
         raise CalrecError(
-            "build_trie: the catalogue has no items" + (" that are not left out" if keep is not None else "")
+            "build_trie: the catalogue has no items"
+            + (" that are not left out and have a text" if keep is not None else "")
         )
     if len(items) > _MOST:
         raise CalrecError(f"build_trie: {len(items):,} items, and int32 numbers {_MOST:,}; split the catalogue")

@@ -1,8 +1,7 @@
-"""Attention of packed rows and of a decoding step.
+"""Rotary embeddings and the attention of a decoding step; that of packed rows is in `packed_attention`.
 
-Notable: masks come from segment ids and positions, never from a materialised [B, L, L] input; grouped queries are kept
-grouped ([B, L, G, H/G, C]), so keys and values are never repeated; the N samples of a user attend to *one* copy of the
-prefix's keys and values beside their own suffix. Softmax is in float32. `xla` is the only implementation so far.
+Notable: grouped queries are kept grouped ([B, L, G, H/G, C]), so keys and values are never repeated; the N samples of a
+user attend to *one* copy of the prefix's keys and values beside their own suffix. Softmax is in float32.
 """
 
 from __future__ import annotations
@@ -83,61 +82,6 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
     """Cap · tanh(x / cap) (Gemma 2, section 2); `x` where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def packed_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    block: int,
-    *,
-    window: int | None = None,
-    local: bool | jax.Array = False,
-    soft_cap: float | None = None,
-) -> jax.Array:
-    """Causal attention inside each segment of packed rows.
-
-    Queries go in blocks of `block` places, each against the keys up to its own end, so that about half of the causal
-    square is never computed; nor are keys before the window of a whole block, where it is known to be local.
-
-    Args:
-      query: [B, L, H, C], scaled already.
-      key: [B, L, G, C]; H is a multiple of G.
-      value: [B, L, G, C].
-      segment_ids: [B, L] int32; 0 is padding, whose outputs mean nothing.
-      block: query places a block; L need not divide by it.
-      window: places that a local layer attends to, its own among them. A segment's places follow each other.
-      local: whether it is one; a scalar of the device where layers of both kinds are scanned.
-      soft_cap: of the scores.
-
-    Returns:
-      [B, L, H, C].
-    """
-    batch, length, heads, width = query.shape
-    groups = key.shape[2]
-    grouped = query.reshape(batch, length, groups, heads // groups, width)
-    outputs = []
-    for begin in range(0, length, block):
-        end = min(begin + block, length)
-        first = first_key(begin, window if local is True else None)
-        lag = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None, :]
-        near = lag >= 0
-        if window is not None and local is not False:
-            near &= (lag < window) | ~jnp.asarray(local)
-        mask = (segment_ids[:, begin:end, None] == segment_ids[:, None, first:end]) & near
-        scores = jnp.einsum(
-            "blghc,bsgc->bghls", grouped[:, begin:end], key[:, first:end], preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(mask[:, None, None], soft_capped(scores, soft_cap), NEGATIVE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        outputs.append(jnp.einsum("bghls,bsgc->blghc", weights, value[:, first:end]))
-    return jnp.concatenate(outputs, axis=1).reshape(batch, length, heads, width)
-
-
-def first_key(begin: int, window: int | None) -> int:
-    """The first place that a block of queries from place `begin` on attends to, with a window known beforehand."""
-    return 0 if window is None else max(0, begin + 1 - window)
 
 
 def decoding_layout(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
-from calrec_jax.models import attention
+from calrec_jax.models import packed_attention as by_products
 
 IMPLEMENTATIONS = ("auto", "xla", "splash")
 _LANES = 128  # a TPU's vectors have as many; the kernel's blocks are multiples
@@ -76,12 +76,12 @@ def packed_attention(
     setting: str,
     rows: NamedSharding | None = None,
 ) -> jax.Array:
-    """`attention.packed_attention` by the implementation that `takes_splash` says; its arguments and result."""
+    """`packed_attention.packed_attention` by the implementation that `takes_splash` says; its arguments and result."""
     length = query.shape[1]
     if window is not None and window >= length:
         window, local = None, False  # it sees the whole row
     if not takes_splash(setting, rows, length):
-        return attention.packed_attention(
+        return by_products.packed_attention(
             query, key, value, segment_ids, block, window=window, local=local, soft_cap=soft_cap
         )
     run = [functools.partial(splash_attention, scope=Scope(near, soft_cap), rows=rows) for near in (None, window)]

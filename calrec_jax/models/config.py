@@ -50,7 +50,7 @@ class TransformerConfig:
       dtype: of activations and matrix products; parameters, softmax, norms and losses stay float32.
       remat: "none", "dots" (keep matrix products) or "full" (recompute a block in the backward pass).
       scan_layers: one traced block for all layers. False unrolls: slower to compile, faster for small models on CPU.
-      attention_block: query places that attend together; see `attention.packed_attention`.
+      attention_block: query places that attend together; see `packed_attention`.
       attention: of packed rows, "xla", "splash" (a kernel of TPUs), or "auto": the kernel on a TPU where rows divide
         by 128 tokens.
       tied_embeddings: whether logits are products with the embedding; else with a table of their own.

@@ -132,7 +132,10 @@ class BM25Index:
         tokens = [tokenizer(text) for text in texts]
         vocabulary = {token: row for row, token in enumerate(sorted({token for words in tokens for token in words}))}
         if not vocabulary:
-            raise CalrecError(f"none of the {len(tokens)} texts of the catalogue has a word that BM25 could index")
+            raise CalrecError(
+                f"none of the {len(tokens)} texts of the catalogue has a word that BM25 could index; correct what "
+                "Template.attributes and the columns of the items name, and prepare again"
+            )
         ids = [[vocabulary[token] for token in words] for words in tokens]
         index = bm25s.BM25()
         index.index((ids, vocabulary), create_empty_token=False, show_progress=False)

@@ -70,7 +70,7 @@ class Completions:
         if absent.size and missing == "error":
             raise CalrecError(
                 f"{folder} lacks completions of {absent.size} of the {len(wanted)} users, user "
-                f"{dataset.user_ids[absent[0]]!r} first; decode them, or rank the others alone with missing='skip'"
+                f"{dataset.user_ids[absent[0]]!r} first; decode them, or rank the others alone with rank.missing='skip'"
             )
         self._table = table.take(by).combine_chunks()
 

@@ -6,6 +6,7 @@ all is written. The same inputs and settings give the same bytes.
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,13 +19,14 @@ from calrec_jax.data.dataset import Dataset
 from calrec_jax.errors import CalrecError
 from calrec_jax.rank import fitting, sources
 from calrec_jax.rank.bm25 import BM25Index, BM25Tokenizer
-from calrec_jax.rank.completions import Completions
+from calrec_jax.rank.completions import MISSING, Completions
 from calrec_jax.rank.from_histories import FROM_HISTORIES, from_histories, source_settings
 from calrec_jax.rank.histories import Histories
 from calrec_jax.rank.parts import ByUser, CompletionTexts, Job, index_folder, kept_index, rank_in_processes, write_lists
 from calrec_jax.rank.round_robin import EPSILON, RoundRobinConfig
 from calrec_jax.rank.shards import RankingReader
 from calrec_jax.rank.sources import LEAVE_OUT
+from calrec_jax.rank.user_texts import SCORE_KINDS
 
 KIND = "ranking"
 WHOLE_CATALOGUE_UP_TO = 20_000
@@ -91,6 +93,7 @@ def rank(
         `out` holds a ranking made otherwise.
     """
     _check_settings(source, fill, leave_out_history, depth, fuse, fuse_weights)
+    _check_choices(epsilon, score, missing)
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
         raise CalrecError(f"rank.processes is {processes!r}: it must be a whole number from 1")
     histories = Histories(dataset, split)
@@ -196,8 +199,8 @@ def _check_settings(
         raise CalrecError(f"rank.fill is {fill!r}: choose one of {['none', *FROM_HISTORIES]}")
     if leave_out_history not in LEAVE_OUT:
         raise CalrecError(f"rank.leave_out_history is {leave_out_history!r}: choose one of {list(LEAVE_OUT)}")
-    if depth is not None and depth < 1:
-        raise CalrecError(f"rank.depth is {depth}: it must be at least 1, or None for the default")
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
+        raise CalrecError(f"rank.depth is {depth!r}: it must be a whole number from 1, or None for the default")
     if (source == "fusion") != bool(fuse):
         raise CalrecError(
             "rank.source='fusion' and rank.fuse (names of rankings to weights) go together: set both or neither"
@@ -206,9 +209,22 @@ def _check_settings(
         raise CalrecError(f"rank.fuse_weights is {fuse_weights!r}: choose one of {list(FUSE_WEIGHTS)}")
     if fuse_weights == "fit" and not fuse:
         raise CalrecError("rank.fuse_weights='fit' needs rank.source='fusion' and rank.fuse, whose weights it fits")
-    values = np.array(list(dict(fuse or {}).values()), np.float64)
-    if not np.isfinite(values).all() or (values < 0).any() or (len(values) and not values.any()):
-        raise CalrecError(f"rank.fuse has the weights {values.tolist()}: they must be numbers from 0, not all 0")
+    values = list(dict(fuse or {}).values())
+    if not all(_is_number(value) and value >= 0 for value in values) or (values and not any(values)):
+        raise CalrecError(f"rank.fuse has the weights {values}: they must be numbers from 0, not all 0")
+
+
+def _check_choices(epsilon: float, score: str, missing: str) -> None:
+    if not (_is_number(epsilon) and epsilon >= 0):
+        raise CalrecError(f"rank.epsilon is {epsilon!r}: it must be a number from 0 (the paper has 1/5000)")
+    if score not in SCORE_KINDS:
+        raise CalrecError(f"rank.score is {score!r}: choose one of {list(SCORE_KINDS)}")
+    if missing not in MISSING:
+        raise CalrecError(f"rank.missing is {missing!r}: choose one of {list(MISSING)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _fitted_on(

@@ -48,8 +48,8 @@ class StepReport:
       splash: whether attention is the kernel.
       flops: of the compiled step, kernels among them, the vocabulary's loop left out.
       analytic_flops: the same from the model's sizes.
-      vocabulary_flops: of one turn of the vocabulary's loop; a chip makes as many as its fullest row has chunks of
-        weighted tokens.
+      vocabulary_flops: of one turn of the vocabulary's loop; a chip makes as many as its rows' weighted
+        tokens fill chunks.
       collective_bytes: by kind, those of the vocabulary's loop left out.
       vocabulary_collective_bytes: of one turn of the vocabulary's loop.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from calrec_jax.models import attention_kernels
-from calrec_jax.models.attention import first_key
+from calrec_jax.models import attention_kernels, packed_attention
+from calrec_jax.models.packed_attention import first_key
 from calrec_jax.models.transformer import TransformerConfig
 from calrec_jax.train.batching import Batching
 
@@ -37,15 +37,14 @@ def step_flops(config: TransformerConfig, batching: Batching, *, splash: bool = 
     Args:
       config: of the model.
       batching: of the step.
-      splash: attention by the kernel, which computes scores anew in the backward pass; otherwise in blocks, as
-        `attention.packed_attention` has them.
+      splash: attention by the kernel; otherwise in blocks, as `packed_attention` has them. Both compute scores anew in
+        the backward pass.
     """
     c, rows, length, examples = config, batching.batch_rows, batching.row_tokens, batching.row_examples
     d, h, g, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_dim
     pair = 2 * h * w  # of one product of all heads
-    forward, backward = 2, 4
-    if splash:
-        forward, backward = attention_kernels.FORWARD_PRODUCTS, attention_kernels.BACKWARD_PRODUCTS
+    attention = attention_kernels if splash else packed_attention
+    forward, backward = attention.FORWARD_PRODUCTS, attention.BACKWARD_PRODUCTS
     pairs = sum(_pairs(length, window, c.attention_block, splash) for window in _windows(c, length, splash))
     per_token = 2 * d * w * (2 * h + 2 * g) + 6 * d * f + 2 * w * w * (h + g)
     layers = c.num_layers * rows
