@@ -27,7 +27,7 @@ import types
 
 import numpy as np
 
-from calrec_jax import cli
+from calrec_jax import allocator
 
 # 8 M parameters in the body, as a Llama: RoPE, RMSNorm, SwiGLU, tied embeddings.
 SIZES = {"embed_dim": 256, "num_layers": 8, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 960, "activation": "silu"}
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--target", default="Industrial_and_Scientific")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    cli._set_allocator()
+    allocator.set_allocator()
     processor = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
     name = next((line.split(":")[1].strip() for line in processor.splitlines() if line.startswith("Model name")), "?")
     print(f"machine: {os.cpu_count()} × {name}, load {os.getloadavg()[0]:.1f}")

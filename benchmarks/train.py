@@ -5,7 +5,7 @@
 
 Prints the median step, real tokens a second, the share of real tokens, peak memory, the share of the machine's
 measured matrix-product rate, and the seconds of nested parts: the forward pass, with the loss, with the gradient.
-Run it alone: on two cores another process halves every figure. The allocator settings of the command apply (cli.py).
+Run it alone: on two cores another process halves every figure. The command's allocator settings apply (allocator.py).
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from calrec_jax import cli
+from calrec_jax import allocator
 
 
 def main():
@@ -30,7 +30,7 @@ def main():
     )
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    cli._set_allocator()
+    allocator.set_allocator()
     measure(arguments)
 
 
@@ -76,8 +76,8 @@ def measure(arguments):
         line, model_config, batching, optimizer_config = Line(), TransformerConfig(), Batching(), OptimizerConfig()
         loss_config = LossConfig()
     names = [line.target] if arguments.stage == "stage2" else line.categories
-    tokenizer = line._tokenizer()
-    examples = batching.examples(line._datasets(names), tokenizer, "train")
+    tokenizer = line.tokenizer()
+    examples = batching.examples(line.datasets(names), tokenizer, "train")
     stream = PackedStream(examples, batching.packing(), seed=0, mixture_exponent=batching.mixture_exponent)
     begin = time.perf_counter()
     batches = [

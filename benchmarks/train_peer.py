@@ -41,10 +41,10 @@ def main():
     if arguments.peer:
         print(json.dumps(peer(arguments.peer)))
         return
-    from calrec_jax import cli
+    from calrec_jax import allocator
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    cli._set_allocator()
+    allocator.set_allocator()
     print("| size, row | real share | ours | peer, padded | peer, packed | ours by them | loss |\n|" + " --- |" * 7)
     for size in arguments.size or SIZES:
         for row_tokens in arguments.row_tokens or (256, 1280):
@@ -68,8 +68,8 @@ def compare(arguments, size, row_tokens):
         max_history_tokens=208 if row_tokens == 256 else 1024, max_target_tokens=24 if row_tokens == 256 else 128,
         next_item_loss="all",
     )  # fmt: skip
-    tokenizer = line._tokenizer()
-    examples = batching.examples(line._datasets([line.target]), tokenizer, "train")
+    tokenizer = line.tokenizer()
+    examples = batching.examples(line.datasets([line.target]), tokenizer, "train")
     batch = PackedStream(examples, batching.packing(), seed=0).batch(0)
     real = int(np.count_nonzero(batch["decoder_segment_ids"]))
     weights, step = ours(SIZES[size], batch, tokenizer.vocab_size)

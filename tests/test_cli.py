@@ -7,8 +7,9 @@ import textwrap
 
 import pytest
 
-from calrec_jax import __version__, cli
+from calrec_jax import __version__, allocator, cli, verbs
 from calrec_jax.errors import CalrecError
+from calrec_jax.hosts import Hosts
 
 VERBS = (
     "prepare", "vocab", "train", "decode", "rank", "baselines", "doctor", "evaluate", "compare", "eval_tasks", "run",
@@ -93,15 +94,23 @@ def test_unknown_options_are_refused(capsys):
 
 
 def test_bindings_are_taken_out_of_the_arguments():
-    arguments = cli._parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
+    arguments = verbs.parse(["run", "--gin.A=1", "--gin_file=x.gin", "--gin.stage1/train.steps=2", "--gin_file=y.gin"])
     assert arguments.bindings == ["A=1", "stage1/train.steps=2"]
     assert arguments.gin_file == ["x.gin", "y.gin"]
 
 
+@pytest.mark.parametrize("verb", ["train", "decode", "run"])
+def test_verbs_of_several_hosts_are_told_which_one_this_is(verb):
+    named = ["--coordinator_address=a:1", "--process_count=3", "--process_index=2", "--heartbeat_seconds=7"]
+    assert cli._hosts(verbs.parse([verb, *named])) == Hosts("a:1", 3, 2, heartbeat_seconds=7)
+    assert cli._hosts(verbs.parse([verb, "--multihost"])).several and not cli._hosts(verbs.parse([verb])).several
+    assert not cli._hosts(verbs.parse(["rank"])).several
+
+
 def test_a_window_of_steps_is_two_numbers(capsys):
-    assert cli._parse(["train", "--profile_steps=20:25"]).profile_steps == (20, 25)
+    assert verbs.parse(["train", "--profile_steps=20:25"]).profile_steps == (20, 25)
     with pytest.raises(SystemExit):
-        cli._parse(["train", "--profile_steps=20"])
+        verbs.parse(["train", "--profile_steps=20"])
     assert "'20' is not FIRST:LAST" in capsys.readouterr().err
 
 
@@ -119,6 +128,19 @@ def test_exit_status(error, status, message, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_run", fail)
     assert cli.main(["run"]) == status
     assert message in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_is_told_to_the_other_hosts(capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("odd")
+
+    left = []
+    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr("calrec_jax.hosts.joined", lambda: True)
+    monkeypatch.setattr("calrec_jax.hosts.leave", lambda *reason: left.append(reason))
+    with pytest.raises(ValueError, match="odd"):
+        cli.main(["run"])
+    assert left == [(1, "ValueError: odd")] and "Traceback" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_a_mistake_that_can_be_mended(tmp_path, capsys, monkeypatch):
@@ -148,7 +170,7 @@ SCRIPT = """
 AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
 
 
-@pytest.mark.skipif(not cli._has_glibc(), reason="the allocator's settings are glibc's")
+@pytest.mark.skipif(not allocator.has_glibc(), reason="the allocator's settings are glibc's")
 @pytest.mark.parametrize(
     ("verb", "environment", "expected"),
     [
@@ -162,7 +184,7 @@ AS_IT_WAS, SET = "None None True", "1 glibc.malloc.hugetlb=1 True"
 def test_computing_verbs_start_once_more_with_the_allocator_set(tmp_path, verb, environment, expected):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(verb=verb)))
-    names = (*cli._ALLOCATOR, cli._ALLOCATOR_SWITCH)
+    names = (*allocator.SETTINGS, allocator.SWITCH)
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
         [sys.executable, "-X", "dev", str(script)],

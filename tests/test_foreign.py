@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from ranking_data import make_dataset
 
-from calrec_jax import artifacts, cli
+from calrec_jax import artifacts, beside_line, cli
 from calrec_jax.errors import CalrecError
 from calrec_jax.evaluate.foreign import parse_names, read_ranking
 from calrec_jax.evaluate.places import Targets, places_of_lists
@@ -238,7 +238,7 @@ def test_the_verb_scores_files_beside_the_rankings_that_are_there(tmp_path, list
     line = Line(run_dir=str(tmp_path), target="Tools", rankings={"calrec": "sample"})
     make_dataset(line.layout.dataset("Tools"), num_users=NUM_USERS)
     path = write(tmp_path / "x.run", lists)
-    line.evaluate_files([f"theirs={path}"])
+    beside_line.evaluate_files(line, [f"theirs={path}"])
     printed = capsys.readouterr().out
     assert "not made yet, and left out: calrec" in printed and "report-theirs" in printed
     metrics = artifacts.read_json(tmp_path / "report-theirs" / "metrics.json")

@@ -12,6 +12,7 @@ import sys
 import gin
 import pyarrow.parquet
 import pytest
+from test_hosts import free_address
 
 from calrec_jax import artifacts, cli
 
@@ -32,6 +33,7 @@ SMALL = [
     "--gin.Batching.max_history_tokens=128",
     "--gin.Batching.max_target_tokens=48",
     "--gin.decode.num_samples=4",
+    "--gin.decode.shard_users=64",
 ]
 
 
@@ -202,6 +204,68 @@ def test_seqio_gives_the_same_numbers(run, capsys):
     assert result["users"] == 150
     for name in ("recall@1", "recall@10", "ndcg@10", "mrr"):
         assert result["metrics"][name] == pytest.approx(expected[name], abs=1e-12), name
+
+
+def run_on_two(folder, raw, *flags):
+    """`calrec run` started twice, as on two hosts that share `folder`; (printed, errors, status) of each."""
+    shop = [flag for flag in SMALL if "Shop" not in flag]
+    command = [sys.executable, "-m", "calrec_jax", "run", "--gin_file=runs/quickstart.gin", f"--run_dir={folder}"]
+    command += [*shop, f"--gin.DATA_DIR='{raw}'", *flags]
+    command += [f"--coordinator_address={free_address()}", "--process_count=2", "--heartbeat_seconds=20"]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_index={index}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for index in range(2)
+    ]
+    try:
+        return [(*process.communicate(timeout=400), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_one_command_on_two_hosts_makes_what_one_host_does(run, tmp_path):
+    alone, _ = run
+    both = tmp_path / "run"
+    baseline = ["--gin.run.baselines=('sasrec',)", "--gin.sasrec.num_epochs=2"]
+    (first, errors, status), (second, other_errors, other_status) = run_on_two(both, alone / "raw", *baseline)
+    assert (status, other_status) == (0, 0), errors + other_errors
+    for step in ("prepare Home_and_Kitchen", "vocab", "rank calrec", "baseline sasrec", "evaluate"):
+        assert f"calrec: process 0 does {step}; waiting for it" in second
+    assert "Made:" in first and "Made:" not in second
+    assert "decode: 86 users in" in first and "decode: 64 users in" in second, "shards are shared out"
+    for stage in ("stage1", "stage2"):
+        losses = [manifest(folder / stage)["best_validation_loss"] for folder in (alone, both)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name in ("datasets/Office_Products", "tokenizer"):
+        assert manifest(both / name)["hash"] == manifest(alone / name)["hash"]
+    rows = [
+        {row["name"]: row["metrics"] for row in artifacts.read_json(folder / "report" / "metrics.json")["rows"]}
+        for folder in (alone, both)
+    ]
+    assert rows[1].pop("sasrec")["recall@50"] > 0
+    assert rows[1] == rows[0]
+
+    (both / "completions" / "test-sample" / "manifest.json").unlink()
+    (both / "completions" / "test-sample" / "part-00001.parquet").unlink()
+    hashes = digests(both, "*.parquet")
+    (first, errors, status), (second, other_errors, other_status) = run_on_two(both, alone / "raw", *baseline)
+    assert (status, other_status) == (0, 0), errors + other_errors
+    assert first.count("was done already, skipped") == 9 and "calrec: decode test-sample took" in first
+    assert "decode: 64 users in" in second and "users in" not in first
+    assert digests(both, "*.parquet").items() > hashes.items()
+    artifacts.check_files(both / "completions" / "test-sample", manifest(both / "completions" / "test-sample"))
+
+
+def test_an_error_on_the_first_host_is_heard_by_the_other(tmp_path):
+    (_, error, status), (printed, other_error, other_status) = run_on_two(tmp_path / "run", tmp_path / "nowhere")
+    assert (status, other_status) == (1, 1)
+    missing = f"{tmp_path}/nowhere/Home_and_Kitchen_5.json.gz does not exist"
+    assert f"calrec: error: {missing}" in error
+    assert "process 0 does prepare Home_and_Kitchen; waiting for it" in printed
+    assert f"calrec: error: process 0 failed, and this one ends with it: {missing}" in other_error
+    assert "did not join" not in other_error
 
 
 def digests(folder: pathlib.Path, pattern="*"):

@@ -155,7 +155,7 @@ def test_links_are_relative_and_committed():
 
 
 ROOMS = """
-    artifacts cli config layout losses pipeline quickstart tokenizer
+    actions artifacts beside_line cli config layout losses pipeline quickstart run_settings timing tokenizer verbs
     data.dataset data.examples data.packing data.prepare data.shop
     models.transformer train.loop decode.run rank.run evaluate.run evaluate.report
     export.run export.functions export.card export.jax_format export.t5x_format

@@ -12,7 +12,7 @@ import pytest
 # First, while the modules that they read from are the real ones.
 import calrec_jax.pretrained.tokenizer
 import calrec_jax.rank.histories  # noqa: F401
-from calrec_jax import artifacts, config, pipeline
+from calrec_jax import artifacts, beside_line, config, pipeline, timing
 from calrec_jax.errors import CalrecError
 from calrec_jax.layout import RunLayout
 from calrec_jax.pipeline import Line
@@ -121,7 +121,11 @@ def test_the_whole_line(rooms, line, capsys):
 def test_the_programs_of_a_finished_step_are_dropped(rooms, line, monkeypatch):
     at = []
     devices = [types.SimpleNamespace(platform="gpu")] * 4
-    fake = types.SimpleNamespace(clear_caches=lambda: at.append(len(rooms.calls)), devices=lambda: devices)
+    fake = types.SimpleNamespace(
+        clear_caches=lambda: at.append(len(rooms.calls)),
+        devices=lambda: devices,
+        distributed=types.SimpleNamespace(is_initialized=lambda: False),
+    )
     monkeypatch.setitem(sys.modules, "jax", fake)
     line.run()
     assert at == list(range(1, 12))
@@ -132,8 +136,8 @@ def test_the_programs_of_a_finished_step_are_dropped(rooms, line, monkeypatch):
 
 
 def test_device_seconds_add_up_over_resumed_runs(line):
-    line._add_seconds("train stage1", 10.0, ("gpu", 4))
-    line._add_seconds("train stage1", 5.0, ("gpu", 8))
+    timing.add_seconds(line.layout, "train stage1", 10.0, ("gpu", 4))
+    timing.add_seconds(line.layout, "train stage1", 5.0, ("gpu", 8))
     (step,) = artifacts.read_json(line.layout.timing)["steps"]
     assert step == {"step": "train stage1", "seconds": 15.0, "device": "gpu", "device_seconds": 80.0}
 
@@ -297,8 +301,8 @@ def test_baselines_beside_rankings_that_are_not_made(rooms, line):
 
 
 def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
-    line.eval_tasks()
-    line.eval_tasks("beam")
+    beside_line.eval_tasks(line)
+    beside_line.eval_tasks(line, "beam")
     (_, out, inputs, first, _), (_, _, _, second, _) = rooms.calls
     root = RunLayout(pathlib.Path(line.run_dir))
     assert out == root.root / "eval_tasks" / "test-calrec"
@@ -306,9 +310,9 @@ def test_seqio_tasks_are_evaluated_as_a_ranking_is_made(rooms, line):
     assert first == {"split": "test", "decode_scope": "sample", "rank_scope": "calrec"}
     assert second == {"split": "test", "decode_scope": "beam", "rank_scope": "beam"}
     with pytest.raises(CalrecError, match="--name=blend is not in run.rankings, which has calrec, beam"):
-        line.eval_tasks("blend")
+        beside_line.eval_tasks(line, "blend")
     with pytest.raises(CalrecError, match="names no decode"):
-        dataclasses.replace(line, rankings={"blend": None}).eval_tasks()
+        beside_line.eval_tasks(dataclasses.replace(line, rankings={"blend": None}))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +414,7 @@ def test_export_is_given_the_runs_parts(rooms, line, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "calrec_jax.export.run", types.SimpleNamespace(export=export))
     root = pathlib.Path(line.run_dir)
-    line.export("jax")
+    beside_line.export(line, "jax")
     assert (given["out"], given["format"]) == (root / "exports" / "jax", "jax")
     assert given["origin"].stages == [root / "stage1", root / "stage2"]
     assert given["origin"].datasets == [root / "datasets" / "Toys", root / "datasets" / "Games"]
@@ -419,9 +423,9 @@ def test_export_is_given_the_runs_parts(rooms, line, monkeypatch):
         "beam": (root / "rankings" / "test-beam", root / "completions" / "test-beam"),
     }
     assert given["tokenizer"] == root / "tokenizer" and given["dataset"] == f"read {root / 'datasets' / 'Toys'}"
-    line.export("t5x", stage="stage1", out=str(root / "other"))
+    beside_line.export(line, "t5x", stage="stage1", out=str(root / "other"))
     assert given["origin"].stages == [root / "stage1"] and given["out"] == root / "other"
     with pytest.raises(CalrecError, match="--stage=stage3 is not in run.stages, which has stage1, stage2"):
-        line.export("jax", stage="stage3")
+        beside_line.export(line, "jax", stage="stage3")
     with pytest.raises(CalrecError, match="run.stages is empty, so there is no checkpoint to export"):
-        dataclasses.replace(line, stages=()).export("jax")
+        beside_line.export(dataclasses.replace(line, stages=()), "jax")

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calrec_jax import artifacts
+from calrec_jax import artifacts, timing
 from calrec_jax.data import dataset as dataset_lib
 from calrec_jax.data import templates
 from calrec_jax.errors import CalrecError
@@ -190,7 +190,7 @@ def run(tmp_path_factory, dataset):
     (root / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     line = Line(run_dir=str(root), target="Shop")
     for step, seconds in STEPS:
-        line._add_seconds(step, seconds)
+        timing.add_seconds(line.layout, step, seconds)
     arguments = {
         "dataset": dataset,
         "metrics": make_metrics(dataset),
@@ -645,13 +645,13 @@ def test_errors_name_what_is_wrong(run, dataset, tmp_path):
     pq.write_table(pa.table({"user_id": ["u001"], "texts": [["a"]]}), tmp_path / "other" / "part-00000.parquet")
     with pytest.raises(CalrecError, match=r"other: the shards lack the columns \['log_probs'"):
         write(completions={"test-sample": tmp_path / "other"})
-    for timing in (
+    for wrong in (
         [1, 2],
         {"train stage1": 61.5},
         {"steps": [{"step": "vocab", "seconds": None}]},
         {"steps": ["vocab"]},
     ):
-        artifacts.write_json(tmp_path / "run" / "timing.json", timing)
+        artifacts.write_json(tmp_path / "run" / "timing.json", wrong)
         with pytest.raises(CalrecError, match=r"timing\.json does not list steps with their seconds"):
             write()
     assert not (tmp_path / "run" / "report" / "report.html").exists()
@@ -688,8 +688,8 @@ def full_report(folder):
     lines = [{"step": s, "split": "train", "loss": 4 / s} for s in range(1, 31)]
     (folder / "stage1" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     line = Line(run_dir=str(folder), target="Tools")
-    line._add_seconds("train stage1", 61.5, ("gpu", 4))
-    line._add_seconds("rank test-calrec", 3.0)
+    timing.add_seconds(line.layout, "train stage1", 61.5, ("gpu", 4))
+    timing.add_seconds(line.layout, "rank test-calrec", 3.0)
     evaluate(folder / "report", tools, {"calrec": ranking}, files={"theirs": theirs}, resamples=200)
     return folder / "report" / "report.html"
 

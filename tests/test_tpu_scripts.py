@@ -61,7 +61,7 @@ def test_setup_copies_and_installs_on_all_hosts_of_all_slices():
     assert [words[5] for words in each[1::2]] == ["t-0", "t-1"]
     assert all("--worker=all" in words for words in each)
     install = each[1][-1]
-    assert "-e '.[tpu,gcs]'" in install and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in install
+    assert "-e '.[tpu,gcs]'" in install and "mount -t nfs -o lookupcache=positive 10.0.0.2:/runs /mnt/runs" in install
     assert "mount" not in printed("setup.sh")[-1][-1]
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, by xpk: a cluster with TPU slices, training as a workload that is restarted.
+# The same on Google Kubernetes Engine, by xpk: a cluster with TPU slices, calrec as a workload that is restarted.
 #
 #   tpu_scripts/gke.sh --do=create|launch|watch|stop|delete --cluster=NAME --zone=ZONE --project=PROJECT --type=TYPE
 #                      [--slices=N] [--spot=true] [--workload=NAME] [--image=IMAGE] [--restarts=50] [--dry_run] [-- COMMAND…]
 #
 # Example: tpu_scripts/gke.sh --do=create --cluster=calrec --zone=us-west4-a --project=P --type=v5litepod-16
 #          tpu_scripts/gke.sh --do=launch --cluster=calrec --zone=us-west4-a --project=P --type=v5litepod-16 --workload=sci -- \
-#            calrec train --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
+#            calrec run --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
 #
 # launch  puts this checkout into --image (default: python:3.12), installs it in each container and runs the command; a
 #         container that fails, or whose machine is taken away, starts it again, up to --restarts times

@@ -4,9 +4,9 @@
 #   tpu_scripts/launch.sh --tpu=NAME --zone=ZONE [--project=PROJECT] [--slices=N] [--worker=W] [--dir=DIR] [--env=NAME=VALUE]…
 #                         [--dry_run] -- COMMAND…
 #
-# Example, training on all hosts (the run folder on storage that they share):
+# Example, the whole line on all hosts (the run folder on storage that they share):
 #   tpu_scripts/launch.sh --tpu=calrec --zone=us-west4-a -- \
-#     .venv/bin/calrec train --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
+#     .venv/bin/calrec run --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
 #
 # --slices   as in create.sh (default: 1)
 # --worker   one host alone, by its number from 0 (default: all); a verb that runs on one host wants, beside --worker=0,

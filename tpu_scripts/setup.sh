@@ -30,7 +30,9 @@ install+=" && sudo apt-get install -yqq make python3.11-venv nfs-common"
 install+=" && cd $folder && make .venv/installed PYTHON=python3.11"
 install+=" && .venv/bin/pip install -qc constraints.txt -e '.[tpu,gcs]'"
 if [ -n "$nfs" ]; then
-  install+=" && sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount -t nfs $(printf %q "$nfs") /mnt/runs)"
+  # A host must see at once what another has written: that a name was missing is not remembered (nfs(5), lookupcache).
+  mount="sudo mount -t nfs -o lookupcache=positive $(printf %q "$nfs") /mnt/runs"
+  install+=" && sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || $mount)"
   install+=" && sudo chmod 1777 /mnt/runs"
 fi
 for slice in $(slice_names); do

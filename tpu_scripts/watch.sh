@@ -5,11 +5,11 @@
 #                        [--tries=50] [--project=PROJECT] [--dry_run] -- COMMAND…
 #
 # Example: tpu_scripts/watch.sh --tpu=calrec --zone=us-west4-a --type=v5litepod-16 --version=v2-alpha-tpuv5-lite --tier=spot \
-#   --nfs=10.0.0.2:/runs -- .venv/bin/calrec train --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
+#   --nfs=10.0.0.2:/runs -- .venv/bin/calrec run --gin_file=runs/scientific_reproduction.gin --run_dir=/mnt/runs/sci --multihost
 #
 # Every argument before -- but --tries is one of create.sh, setup.sh or launch.sh. calrec goes on where its last checkpoint
 # is, so the same command is run each time. A stage that was asked to stop (SIGTERM, a maintenance event) exits with 0 after
-# it is saved: where its manifest is not there yet, start this again.
+# it is saved: where the report (of `calrec train`: the stage's manifest) is not there yet, start this again.
 # --tries    how often the command is started before this gives up
 # --dry_run  prints what would run, and runs nothing
 set -euo pipefail

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from calrec_jax import artifacts
+from calrec_jax import artifacts, hosts
 from calrec_jax.baselines.sasrec import SASRec, SASRecConfig, cross_entropy
 from calrec_jax.baselines.sequences import Batch, Sequences
 from calrec_jax.data.dataset import Dataset
@@ -175,9 +175,9 @@ def _fit(out: Path, plan: _Plan, dataset: Dataset) -> dict[str, Any]:
         raise CalrecError(f"{dataset.name}: no user has two items to train SASRec on; take it out of run.baselines")
     train_step = make_train_step(model, optimizer, plan.seed)
     log = _Log(out)
-    with ckpt.manager(out) as checkpoints:
+    with ckpt.manager(out, alone=True) as checkpoints:
         fresh = init_state(model, optimizer, plan.seed)
-        state = ckpt.resume(checkpoints, fresh) or fresh
+        state = ckpt.resume(checkpoints, fresh, alone=True) or fresh
         log.resume(int(state.epoch))
         while int(state.epoch) < plan.num_epochs and not plan.stops(state):
             start = time.monotonic()
@@ -190,7 +190,9 @@ def _fit(out: Path, plan: _Plan, dataset: Dataset) -> dict[str, Any]:
             value = _validate(hidden, state.params, validation)
             state = _watch(state, value)
             log.epoch(state, loss, value, trained - start, time.monotonic() - trained)
-            ckpt.save(checkpoints, int(state.epoch), state, -value)  # the manager's best is the least
+            # Of one of several processes, orbax saves no arrays that lie on its own devices.
+            saved = jax.device_get(state) if hosts.joined() else state
+            ckpt.save(checkpoints, int(state.epoch), saved, -value)  # the manager's best is the least
         with artifacts.disk_errors(out):
             checkpoints.wait_until_finished()
         best = checkpoints.best_step()
@@ -341,7 +343,7 @@ def load_sasrec(folder: Path, dataset: Dataset, split: str) -> tuple[np.ndarray,
     model = SASRec(config, len(dataset.item_ids))
     like = jax.eval_shape(lambda: init_state(model, optax.adamw(1.0, mask=_decayed), 0))
     with ckpt.manager(folder, read_only=True) as checkpoints:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         params = ckpt.restore(checkpoints, manifest["best_epoch"], like).params
     histories = Histories(dataset, split)

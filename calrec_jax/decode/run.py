@@ -15,7 +15,7 @@ from typing import Any
 import gin
 import numpy as np
 
-from calrec_jax import artifacts
+from calrec_jax import artifacts, hosts
 from calrec_jax.data.dataset import Dataset
 from calrec_jax.data.examples import TokenCatalogue, tokenise_catalogue
 from calrec_jax.decode import given, modes, shards
@@ -63,8 +63,9 @@ def decode(
 ) -> Path:
     """Writes completions for the users of a split (docs/architecture.md, "Completions").
 
-    Several processes, of one host or of many that see the same folder, share the work when each is given its number:
-    they decode different shards, and who finds all of them there writes the manifest.
+    Several processes, of one host or of many that see the same folder, share the work: they decode different shards.
+    Those that were joined (`hosts`) wait for each other, and the first writes the manifest; of others, which are given
+    their numbers, who finds all shards there writes it.
 
     Args:
       out: folder of the completions.
@@ -95,8 +96,9 @@ def decode(
       seed: of all random streams; a user's depends on it and on the user's id alone.
       max_users: the first so many users of a seeded permutation, for quick comparisons; None is all.
       with_embeddings: whether to write v_U of each user and v_T of each item.
-      process_index: which of the processes this is, from 0; None asks the environment (CALREC_PROCESS_INDEX), then JAX.
-      process_count: how many there are; None asks the environment (CALREC_PROCESS_COUNT), then JAX.
+      process_index: which of the processes this is, from 0; None asks the environment (CALREC_PROCESS_INDEX), then
+        `hosts`.
+      process_count: how many there are; None asks the environment (CALREC_PROCESS_COUNT), then `hosts`.
       prompts: in place of those made from the dataset; users who have none are left out.
 
     Returns:
@@ -120,10 +122,12 @@ def decode(
         settings["max_new_tokens"] = facts["max_target_tokens"]
     made_from = {"dataset": dataset.hash, "tokenizer": tokenizer.fingerprint, "checkpoint": facts["hash"]}
     extra = _given(dataset, settings, made_from, leave_out_items, candidates)
-    if artifacts.is_done(out, kind="completions", made_from=made_from, settings=settings):
+    done = artifacts.is_done(out, kind="completions", made_from=made_from, settings=settings)
+    hosts.barrier(f"decode {out.name}")  # before the first of them could be done
+    if done:
         print(f"decode: {out} is done already, skipped")
         return out
-    request = shards.claim(out, made_from, settings)
+    request = hosts.first_then_all("claim", lambda: shards.claim(out, made_from, settings))
     catalogue = tokenise_catalogue([dataset], tokenizer, max_target_tokens=facts["max_target_tokens"])
     budget = history_budget(facts, catalogue)
     asked: prompting.Prompts | prompting.GivenPrompts
@@ -142,20 +146,23 @@ def decode(
             vectors = item_embeddings(model, params, catalogue, Compiled())
             shards.write_item_embeddings(out, dataset.item_ids.tolist(), vectors, request)
         written.append(path)
+    hosts.barrier("decoded")
     missing = [path.name for path in written if not path.exists()]
     if missing:
         print(f"decode: this process is done; others have {len(missing):,} files left to write, {missing[0]} first")
         return out
-    artifacts.write_manifest(
-        out,
-        kind="completions",
-        made_from=made_from,
-        settings=settings,
-        files=artifacts.hash_files(written),
-        users=len(users),
-        dropped_history_items=asked.dropped_items,
-        history_tokens=budget,
-    )
+    if hosts.is_first():
+        artifacts.write_manifest(
+            out,
+            kind="completions",
+            made_from=made_from,
+            settings=settings,
+            files=artifacts.hash_files(written),
+            users=len(users),
+            dropped_history_items=asked.dropped_items,
+            history_tokens=budget,
+        )
+    hosts.barrier("manifest")
     return out
 
 
@@ -189,9 +196,7 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
             value = int(text)
         given_values.append(value)
     if given_values == [None, None]:
-        import jax
-
-        return jax.process_index(), jax.process_count()
+        return hosts.processes()
     index, count = given_values
     if index is None or count is None or not 0 <= index < count:
         raise CalrecError(

@@ -39,8 +39,17 @@ class _Chatter(logging.Filter):
 logging.getLogger("absl").addFilter(_Chatter())
 
 
-def manager(stage: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager over `stage/checkpoints`: asynchronous; the latest two and the best are kept."""
+def manager(stage: Path, *, read_only: bool = False, alone: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager over `stage/checkpoints`: asynchronous; the latest two and the best are kept.
+
+    Args:
+      stage: a stage's folder.
+      read_only: whether nothing is saved; several processes need not read at the same time.
+      alone: whether one of several processes saves and restores here without the others.
+    """
+    folder = (stage / "checkpoints").absolute()
+    if alone and not read_only:
+        folder.mkdir(parents=True, exist_ok=True)  # orbax makes it for all processes together alone
     policies = checkpoint_managers.preservation_policy
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
@@ -53,9 +62,18 @@ def manager(stage: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
         enable_async_checkpointing=not read_only,
+        create=not (read_only or alone),
+        multiprocessing_options=_processes(alone=alone or read_only),
     )
-    handler = ocp.StandardCheckpointHandler()
-    return ocp.CheckpointManager((stage / "checkpoints").absolute(), options=options, item_handlers=handler)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+
+def _processes(alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Which processes take part in a save or restore, and wait for each other: all, or this one."""
+    if not alone:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, validation_loss: float | None) -> None:
@@ -80,12 +98,13 @@ def save_parameters(stage: Path, params: Any) -> None:
         checkpoints.wait_until_finished()
 
 
-def resume(checkpoints: ocp.CheckpointManager, state: Any) -> Any | None:
+def resume(checkpoints: ocp.CheckpointManager, state: Any, *, alone: bool = False) -> Any | None:
     """The newest saved state that can be read, or None where none was saved; damaged steps are named and deleted.
 
     Args:
       checkpoints: of the stage.
       state: a state of the wanted layout.
+      alone: as `manager` was given it; else several processes agree on what can be read.
 
     Raises:
       CalrecError: there are checkpoints, and none can be read.
@@ -98,7 +117,8 @@ def resume(checkpoints: ocp.CheckpointManager, state: Any) -> Any | None:
             restored = restore(checkpoints, step, state)
         except CalrecError as caught:
             failure = caught
-        if not hosts.all_agree(failure is None):
+        readable = failure is None
+        if not (readable if alone else hosts.all_agree(readable)):
             failure = failure or CalrecError(f"{checkpoints.directory}/{step}: another process cannot restore it")
             print(f"train: {failure}", flush=True)
             damaged.append(step)
@@ -215,5 +235,7 @@ def _read_params(item: Path, wanted: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(), multiprocessing_options=_processes(alone=True)
+    ) as checkpointer:
         return checkpointer.restore(item, args=arguments)["params"]

@@ -121,6 +121,7 @@ def train(
       CalrecError: bad settings, inputs that do not belong together, or a loss that is not finite.
     """
     out = Path(out)
+    hosts.processes()  # hosts that were not joined would each take themselves for the first
     if log_every < 1:
         raise CalrecError(f"train.log_every={log_every!r}: must be a whole number of at least 1")
     plan = _Plan(
