@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calrec_jax.errors import CalrecError
 from calrec_jax.losses import (
@@ -15,6 +16,7 @@ from calrec_jax.losses import (
     weighted_token_loss,
 )
 from calrec_jax.models.towers import mean_pool, unit
+from calrec_jax.train.step import MESH_AXES
 
 
 def log_softmax(x):
@@ -60,6 +62,22 @@ def test_weighted_token_loss_and_gradients_equal_the_reference(seed, chunk, dens
     assert float(value) == pytest.approx(3 * expected, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(grads[0], 3 * d_hidden, atol=2e-5)
     np.testing.assert_allclose(grads[1], 3 * d_table, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+def test_chunks_that_fill_over_the_rows_of_a_device_give_the_same(chunk):
+    """Rows of very different numbers of weighted places; one has none."""
+    hidden, table, targets, weights = token_case(7)
+    weights[0], weights[1, 3:] = 1.0, 0.0
+    expected, d_hidden, d_table = token_reference(hidden, table, targets, weights)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH_AXES)
+    rows = NamedSharding(mesh, PartitionSpec(MESH_AXES[:3]))
+    value, grads = jax.value_and_grad(
+        lambda h, t: weighted_token_loss(h, t, targets, weights, chunk, rows=rows), (0, 1)
+    )(hidden, table)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grads[0], d_hidden, atol=1e-5)
+    np.testing.assert_allclose(grads[1], d_table, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))

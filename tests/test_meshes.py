@@ -140,8 +140,7 @@ def test_bfloat16_is_for_products_alone(small_run, batch, remat):
     assert len(narrow) > 20, "projections, attention, MLP and vocabulary"
     wide = [e for e in products if str(e.invars[0].aval.dtype) == "float32"]
     others = [e for e in wide if 20 not in (*e.invars[0].aval.shape, *e.invars[1].aval.shape)]
-    assert len(wide) > len(others), "pooling and the contrastive scores"
-    assert {e.invars[0].aval.shape for e in others} == {(8, 1, 128, 128, 2)}, "the gradient of attention's scores"
+    assert wide and not others, "pooling and the contrastive scores alone"
 
 
 @pytest.mark.parametrize("rows", [None, PartitionSpec(steps.MESH_AXES[:3])])
