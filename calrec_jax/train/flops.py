@@ -30,9 +30,9 @@ CHIPS = {
 def step_flops(config: TransformerConfig, batching: Batching, *, splash: bool = False) -> float:
     """Operations of the products of one step over the whole batch, the vocabulary's left out.
 
-    Forward, and twice that backward: projections, gated MLP, rotary half-turns, causal attention, pooling (no gradient
-    of its masks) and the contrastive scores. `remat="full"` computes a block once more but for its last product, and
-    several micro-batches take one forward pass more.
+    Forward, and twice that backward: projections, gated MLP, rotary half-turns, causal attention (two products, five
+    backward), pooling (no gradient of its masks) and the contrastive scores. `remat="full"` computes a block once more
+    but for its last product, and several micro-batches take one forward pass more.
 
     Args:
       config: of the model.
